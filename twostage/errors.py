@@ -1,0 +1,40 @@
+"""Errors that a user can mend. Each carries the exit code of the command line.
+
+Every message is one sentence: what is wrong, where (file, line), what to do about it.
+"""
+
+
+class TwoStageError(Exception):
+    """Base of all errors that this package raises on purpose."""
+
+    exit_code = 1
+
+
+class UsageError(TwoStageError):
+    """A setting that cannot be used: a flag of the command line or a field of a config."""
+
+    exit_code = 2
+
+
+class DataError(TwoStageError):
+    """A table or its labels cannot be used."""
+
+    exit_code = 3
+
+
+class ModelError(TwoStageError):
+    """A model folder, its configuration, weights or tokenizer cannot be used."""
+
+    exit_code = 3
+
+
+class DownloadError(TwoStageError):
+    """The network or a download failed."""
+
+    exit_code = 4
+
+
+class NonFiniteError(TwoStageError):
+    """The loss or the gradient became infinite or not a number."""
+
+    exit_code = 7

@@ -1,0 +1,1 @@
+"""The encoder and the files that it is stored in."""

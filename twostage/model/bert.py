@@ -1,0 +1,251 @@
+"""BERT (Devlin et al. 2019) on packed tokens, with the head of two-stage fine-tuning.
+
+The usual BERT takes a rectangle [B, L] and computes on its padding. This one takes the texts of a
+batch end to end on a single token axis of length T, and `cu_seqlens`, the B+1 places where texts
+begin and end. Every linear layer, norm and activation sees real tokens only; attention alone needs
+the boundaries (`kernels/attention.py`). T may be larger than the number of real tokens: the tokens
+beyond `cu_seqlens[-1]` are filler that nobody reads, whose gradient is exactly zero.
+
+    texts   "a bad film", "good"      input_ids_T    101 1037 2919 2143 102 | 101 2204 102
+                                      position_ids_T   0    1    2    3   4 |   0    1   2
+                                      cu_seqlens       0 5 8
+
+Dropout is on exactly when a generator is passed: there is no train or eval mode to forget. The
+embedding tables stay in fp32 when the rest is cast to bf16: gathering rows gains nothing from
+bf16, and the sum of many gradients into the row of a frequent word would lose most of them.
+
+Shapes: B sequences, T packed tokens, D hidden, I intermediate, C classes, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ModelError
+from ..kernels.attention import PaddedLayout, packed_attention, padded_layout
+from ..kernels.dropout import dropout
+
+HEAD_SIZE = 50
+"""Width of the hidden layer of the recipe's classification head."""
+
+ACTIVATIONS = ("gelu", "gelu_new", "relu")
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The shape of an encoder; the field names are those of Hugging Face's `config.json`."""
+
+    vocab_size: int
+    """V, rows of the word-embedding table."""
+    hidden_size: int
+    """D."""
+    num_hidden_layers: int
+    num_attention_heads: int
+    """H, which divides `hidden_size`."""
+    intermediate_size: int
+    """I, width of the feed-forward layer."""
+    max_position_embeddings: int = 512
+    """Longest sequence in tokens."""
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    """`gelu` (the erf form), `gelu_new` (the tanh form) or `relu`."""
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+            "type_vocab_size",
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ModelError(f"{name} is {value!r}; expected a whole number of at least 1")
+        if self.hidden_size % self.num_attention_heads:
+            raise ModelError(
+                f"num_attention_heads is {self.num_attention_heads}, "
+                f"which does not divide hidden_size {self.hidden_size}"
+            )
+        if self.hidden_act not in ACTIVATIONS:
+            raise ModelError(
+                f"hidden_act is {self.hidden_act!r}; supported are {', '.join(ACTIVATIONS)}"
+            )
+        if not isinstance(self.layer_norm_eps, (int, float)) or not 0 < self.layer_norm_eps < 1:
+            raise ModelError(
+                f"layer_norm_eps is {self.layer_norm_eps!r}; expected a number between 0 and 1"
+            )
+        for name in ("hidden_dropout_prob", "attention_probs_dropout_prob"):
+            value = getattr(self, name)
+            if not isinstance(value, (int, float)) or not 0 <= value < 1:
+                raise ModelError(f"{name} is {value!r}; expected a number of at least 0, below 1")
+
+
+class BertEmbeddings(nn.Module):
+    """LayerNorm(word + position + token type), then dropout. Token types are all zero."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
+        self.dropout_p = config.hidden_dropout_prob
+
+    def forward(
+        self, input_ids_T: Tensor, position_ids_T: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        # One row of the token-type table serves every token, so it is added like a bias.
+        embedded_TD = self.word(input_ids_T) + self.position(position_ids_T)
+        normed_TD: Tensor = self.norm(embedded_TD + self.token_type.weight[0])
+        return dropout(normed_TD, self.dropout_p, generator)
+
+
+class BertLayer(nn.Module):
+    """Self-attention and feed-forward, each followed by dropout, residual and LayerNorm."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        hidden, intermediate = config.hidden_size, config.intermediate_size
+        self.qkv = nn.Linear(hidden, 3 * hidden)
+        self.attention_output = nn.Linear(hidden, hidden)
+        self.attention_norm = nn.LayerNorm(hidden, config.layer_norm_eps)
+        self.intermediate = nn.Linear(hidden, intermediate)
+        self.output = nn.Linear(intermediate, hidden)
+        self.output_norm = nn.LayerNorm(hidden, config.layer_norm_eps)
+        self.num_heads = config.num_attention_heads
+        self.activation = config.hidden_act
+        self.hidden_dropout_p = config.hidden_dropout_prob
+        self.attention_dropout_p = config.attention_probs_dropout_prob
+
+    def forward(
+        self, hidden_TD: Tensor, layout: PaddedLayout, generator: torch.Generator | None
+    ) -> Tensor:
+        context_TD = packed_attention(
+            self.qkv(hidden_TD), layout, self.num_heads, self.attention_dropout_p, generator
+        )
+        attended_TD = dropout(self.attention_output(context_TD), self.hidden_dropout_p, generator)
+        hidden_TD = self.attention_norm(hidden_TD + attended_TD)
+        activated_TI = activate(self.intermediate(hidden_TD), self.activation)
+        output_TD = dropout(self.output(activated_TI), self.hidden_dropout_p, generator)
+        normed_TD: Tensor = self.output_norm(hidden_TD + output_TD)
+        return normed_TD
+
+
+class Bert(nn.Module):
+    """Embeddings, encoder layers and pooler."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = BertEmbeddings(config)
+        self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        position_ids_T: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        num_tokens: int | None = None,
+        max_length: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Hidden states of the last layer, [T, D].
+
+        input_ids_T, position_ids_T: [T] integer. cu_seqlens: [B+1] integer, from 0 to the number
+        of real tokens. num_tokens and max_length: the number of real tokens and the longest
+        sequence, where the caller knows them; else they are read from `cu_seqlens`, which on a
+        GPU waits for the device. generator: turns dropout on and feeds it.
+        """
+        if num_tokens is None:
+            num_tokens = int(cu_seqlens[-1])
+        if max_length is None:
+            max_length = int(cu_seqlens.diff().max())
+        layout = padded_layout(cu_seqlens, position_ids_T, num_tokens, max_length)
+        hidden_TD: Tensor = self.embeddings(input_ids_T, position_ids_T, generator)
+        hidden_TD = hidden_TD.to(self.pooler.weight.dtype)
+        for layer in self.layers:
+            hidden_TD = layer(hidden_TD, layout, generator)
+        return hidden_TD
+
+    def pool(self, hidden_TD: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """tanh(W · first token of each sequence), [B, D]."""
+        first_BD = hidden_TD.index_select(0, cu_seqlens[:-1])
+        return torch.tanh(self.pooler(first_BD))
+
+
+class BertClassifier(nn.Module):
+    """BERT, pooler, and the recipe's head: Linear(D, 50) → ReLU → Linear(50, C)."""
+
+    def __init__(self, config: BertConfig, num_classes: int) -> None:
+        super().__init__()
+        self.bert = Bert(config)
+        self.classifier = nn.Sequential(
+            nn.Linear(config.hidden_size, HEAD_SIZE), nn.ReLU(), nn.Linear(HEAD_SIZE, num_classes)
+        )
+
+    def forward(
+        self,
+        input_ids_T: Tensor,
+        position_ids_T: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        num_tokens: int | None = None,
+        max_length: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Logits, [B, C]; arguments as in `Bert.forward`."""
+        hidden_TD = self.bert(
+            input_ids_T,
+            position_ids_T,
+            cu_seqlens,
+            num_tokens=num_tokens,
+            max_length=max_length,
+            generator=generator,
+        )
+        logits_BC: Tensor = self.classifier(self.bert.pool(hidden_TD, cu_seqlens))
+        return logits_BC
+
+
+def assemble_classifier(
+    config: BertConfig, parameters: Mapping[str, nn.Parameter]
+) -> BertClassifier:
+    """A classifier made of these parameters themselves (not copies), named as in the model."""
+    # On the meta device, modules neither allocate nor draw from the process-wide generator.
+    with torch.device("meta"):
+        model = BertClassifier(config, len(parameters["classifier.2.bias"]))
+    for name, _ in list(model.named_parameters()):
+        module, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(module), leaf, parameters[name])
+    return model
+
+
+def activate(x: Tensor, name: str) -> Tensor:
+    """The feed-forward activation; `name` is one of ACTIVATIONS."""
+    if name == "gelu":
+        return F.gelu(x)
+    if name == "gelu_new":
+        return F.gelu(x, approximate="tanh")
+    return F.relu(x)
+
+
+def initialize_linear(
+    out_features: int, in_features: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias as torch.nn.Linear draws them: from U(-1/√in, 1/√in), by `generator`.
+
+    (Its Kaiming-uniform initialisation with a = √5 comes to the same bound.)
+    """
+    bound = in_features**-0.5
+    weight = torch.empty(out_features, in_features).uniform_(-bound, bound, generator=generator)
+    bias = torch.empty(out_features).uniform_(-bound, bound, generator=generator)
+    return weight, bias

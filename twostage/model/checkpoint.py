@@ -1,0 +1,225 @@
+"""Hugging Face checkpoints: `config.json` and `model.safetensors` to and from our parameters.
+
+One table names each of our parameters and the tensors that it is stored as. Loading reads the table
+from right to left, saving from left to right; both are exact. The only parameter that is stored in
+pieces is `qkv`, which concatenates query, key and value along its rows, so that one matrix
+product serves all three.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..errors import ModelError
+from .bert import (
+    HEAD_SIZE,
+    BertClassifier,
+    BertConfig,
+    assemble_classifier,
+    initialize_linear,
+)
+
+SAVED_MODEL_TYPE = "twostage_bert"
+"""`model_type` of a saved classifier. Not `bert`: transformers' own BERT classifier has a head of one
+layer, would load such a folder with a fresh random head, and only warn."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A pretrained encoder in memory: read once, a fresh model from it for each seed."""
+
+    config: BertConfig
+    tensors: dict[str, Tensor]
+    """Our names (those of `Bert`) to fp32 tensors. Models get copies: these never change."""
+    warnings: tuple[str, ...] = ()
+    """What a user should know about the load, a sentence each."""
+
+
+def tensor_names(num_layers: int) -> list[tuple[str, tuple[str, ...]]]:
+    """The table: (name of our parameter, names it is stored under, concatenated in this order)."""
+    table: list[tuple[str, tuple[str, ...]]] = [
+        ("embeddings.word.weight", ("embeddings.word_embeddings.weight",)),
+        ("embeddings.position.weight", ("embeddings.position_embeddings.weight",)),
+        ("embeddings.token_type.weight", ("embeddings.token_type_embeddings.weight",)),
+        ("embeddings.norm.weight", ("embeddings.LayerNorm.weight",)),
+        ("embeddings.norm.bias", ("embeddings.LayerNorm.bias",)),
+        ("pooler.weight", ("pooler.dense.weight",)),
+        ("pooler.bias", ("pooler.dense.bias",)),
+    ]
+    for i in range(num_layers):
+        ours, theirs = f"layers.{i}", f"encoder.layer.{i}"
+        for kind in ("weight", "bias"):
+            qkv = tuple(f"{theirs}.attention.self.{x}.{kind}" for x in ("query", "key", "value"))
+            table += [
+                (f"{ours}.qkv.{kind}", qkv),
+                (f"{ours}.attention_output.{kind}", (f"{theirs}.attention.output.dense.{kind}",)),
+                (f"{ours}.attention_norm.{kind}", (f"{theirs}.attention.output.LayerNorm.{kind}",)),
+                (f"{ours}.intermediate.{kind}", (f"{theirs}.intermediate.dense.{kind}",)),
+                (f"{ours}.output.{kind}", (f"{theirs}.output.dense.{kind}",)),
+                (f"{ours}.output_norm.{kind}", (f"{theirs}.output.LayerNorm.{kind}",)),
+            ]
+    return table
+
+
+def load_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read `config.json` and `model.safetensors` (fp32, fp16 or bf16) of a BERT-style model.
+
+    Raises ModelError, naming the file and the field or tensor, for what is missing, mis-shaped or
+    not supported.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise ModelError(
+            f"there is no model folder '{folder}'; give one that holds config.json, "
+            "model.safetensors and tokenizer.json (`twostage fetch demo` makes demo/model)"
+        )
+    config = read_config(folder / "config.json")
+    path = folder / "model.safetensors"
+    if not path.is_file():
+        hint = ""
+        if (folder / "pytorch_model.bin").is_file():
+            hint = "; pytorch_model.bin can run code when it is read: convert it to safetensors"
+        raise ModelError(f"{path} does not exist{hint}")
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
+    tensors, warnings = from_stored(stored, config, str(path))
+    return Checkpoint(config, tensors, tuple(warnings))
+
+
+def read_config(path: Path) -> BertConfig:
+    """Read and check `config.json`; what this encoder does not implement is a ModelError."""
+    try:
+        raw: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist") from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path} is not readable as JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise ModelError(f"{path} holds {type(raw).__name__}; expected a JSON object")
+    supported = {
+        "model_type": ("bert", SAVED_MODEL_TYPE),
+        "position_embedding_type": ("absolute",),
+        "is_decoder": (False,),
+        "add_cross_attention": (False,),
+    }
+    for name, values in supported.items():
+        if name in raw and raw[name] not in values:
+            raise ModelError(
+                f"{path}: {name} is {raw[name]!r}; supported: {', '.join(map(repr, values))}"
+            )
+    if raw.get("pruned_heads"):
+        raise ModelError(f"{path}: pruned_heads is set; pruned encoders are not supported")
+    known = {field.name for field in fields(BertConfig)}
+    try:
+        return BertConfig(**{name: value for name, value in raw.items() if name in known})
+    except TypeError as error:  # a field without default is missing; Python's message names it
+        missing = str(error).split("argument")[-1].lstrip("s: ")
+        raise ModelError(f"{path} lacks {missing}") from None
+    except ModelError as error:
+        raise ModelError(f"{path}: {error}") from None
+
+
+def from_stored(
+    stored: Mapping[str, Tensor], config: BertConfig, source: str
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Stored tensors to our names, in fp32. Returns the tensors and warnings.
+
+    A missing pooler is left out (and warned of): `build_model` then initialises it.
+    """
+    by_name = {_modern_name(name): tensor for name, tensor in stored.items()}
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in BertClassifier(config, 2).bert.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    used: set[str] = set()
+    warnings: list[str] = []
+    has_pooler = "pooler.dense.weight" in by_name
+    if not has_pooler:
+        warnings.append(f"{source} has no pooler: it starts from random weights")
+    for ours, theirs in tensor_names(config.num_hidden_layers):
+        missing = [name for name in theirs if name not in by_name]
+        if ours.startswith("pooler.") and not has_pooler:
+            continue
+        if missing:
+            raise ModelError(f"{source} has no tensor '{missing[0]}'")
+        part_shape = (shapes[ours][0] // len(theirs), *shapes[ours][1:])
+        for name in theirs:
+            if tuple(by_name[name].shape) != part_shape:
+                raise ModelError(
+                    f"{source}: '{name}' has shape {list(by_name[name].shape)}; "
+                    f"config.json asks for {list(part_shape)}"
+                )
+        parts = [by_name[name].to(torch.float32) for name in theirs]
+        tensors[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        used.update(theirs)
+    ignored = sorted(
+        name
+        for name in by_name.keys() - used
+        if name != "embeddings.position_ids" and not name.startswith("cls.")
+    )
+    if ignored:
+        shown = ", ".join(ignored[:8]) + (", …" if len(ignored) > 8 else "")
+        warnings.append(f"{source}: tensors that are not used: {shown}")
+    return tensors, warnings
+
+
+def to_stored(tensors: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
+    """Our names to `bert.*` names as transformers stores them: the inverse of `from_stored`."""
+    stored: dict[str, Tensor] = {}
+    for ours, theirs in tensor_names(num_layers):
+        for name, part in zip(theirs, tensors[ours].chunk(len(theirs)), strict=True):
+            stored[f"bert.{name}"] = part
+    return stored
+
+
+def build_model(
+    checkpoint: Checkpoint, num_classes: int, generator: torch.Generator
+) -> BertClassifier:
+    """A classifier with copies of the pretrained weights and a head drawn from `generator` (CPU)."""
+    hidden = checkpoint.config.hidden_size
+    tensors = {f"bert.{name}": tensor.clone() for name, tensor in checkpoint.tensors.items()}
+    new = [("classifier.0", HEAD_SIZE, hidden), ("classifier.2", num_classes, HEAD_SIZE)]
+    if "pooler.weight" not in checkpoint.tensors:
+        new.append(("bert.pooler", hidden, hidden))
+    for name, out_features, in_features in new:
+        weight, bias = initialize_linear(out_features, in_features, generator)
+        tensors |= {f"{name}.weight": weight, f"{name}.bias": bias}
+    parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
+    return assemble_classifier(checkpoint.config, parameters)
+
+
+def save_classifier(model: BertClassifier, folder: str | Path, class_names: list[str]) -> None:
+    """Write `config.json` and `model.safetensors` (fp32) of a trained classifier into `folder`."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.bert.config
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    encoder = {name.removeprefix("bert."): t for name, t in state.items() if name.startswith("bert.")}
+    stored = to_stored(encoder, config.num_hidden_layers)
+    stored |= {name: t for name, t in state.items() if name.startswith("classifier.")}
+    contiguous = {name: tensor.contiguous() for name, tensor in stored.items()}
+    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    description = {
+        "model_type": SAVED_MODEL_TYPE,
+        "architectures": ["BertClassifier"],
+        **asdict(config),
+        "id2label": {str(i): name for i, name in enumerate(class_names)},
+        "label2id": {name: i for i, name in enumerate(class_names)},
+    }
+    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+
+
+def _modern_name(name: str) -> str:
+    """The name in a bare `BertModel` of today: no `bert.` prefix, LayerNorm weight and bias."""
+    name = name.removeprefix("bert.")
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+        "LayerNorm.beta", "LayerNorm.bias"
+    )

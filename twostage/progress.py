@@ -1,0 +1,34 @@
+"""Progress bars for long work: on a terminal only, and only where a caller asks for them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Bar(Protocol):
+    """What the code that does the work sees of a bar."""
+
+    def update(self, n: int) -> object: ...
+
+    def set_postfix_str(self, text: str) -> object: ...
+
+
+class _Silent:
+    def update(self, n: int) -> None: ...
+
+    def set_postfix_str(self, text: str) -> None: ...
+
+
+@contextmanager
+def progress_bar(description: str, total: int, unit: str, show: bool) -> Iterator[Bar]:
+    """A bar on standard error; silent when `show` is false or standard error is not a terminal."""
+    if not show:
+        yield _Silent()
+        return
+    from tqdm import tqdm
+
+    # `disable=None`: tqdm's own test for a terminal
+    with tqdm(
+        total=total, desc=description, unit=unit, disable=None, leave=False, dynamic_ncols=True
+    ) as bar:
+        yield bar

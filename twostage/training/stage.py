@@ -1,0 +1,222 @@
+"""One stage of training: the loop.
+
+Which parameters are trained is set before, by freezing (`two_stage.py`); a frozen parameter takes
+part in no backward. Which texts a batch holds is a function of (seed, stage, epoch), and the
+dropout masks of a step are a function of (seed, stage, step): a stage can be left and re-entered
+between any two steps without changing a bit of the outcome.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.packing import TokenStore, pack
+from ..data.samplers import epoch_batches
+from ..errors import NonFiniteError
+from ..progress import progress_bar
+from .losses import Loss
+from .optim import clip_gradients, linear_decay, make_adamw
+from .precision import WorkingCopy
+from .state import DROPOUT_STREAM, TrainingState, derive_seed
+
+
+@dataclass(frozen=True)
+class StageData:
+    """Tokenised training texts and their classes."""
+
+    store: TokenStore
+    labels_N: np.ndarray
+    """[N] int64."""
+
+    def __len__(self) -> int:
+        return len(self.labels_N)
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """Hyperparameters of one stage."""
+
+    epochs: int
+    learning_rate: float
+    batch_size: int = 16
+    max_grad_norm: float = 1.0
+    weight_decay: float = 0.0
+    sampler: str = "random"
+    dtype: torch.dtype = torch.float32
+    """Precision of forward and backward; the weights that are trained stay fp32."""
+    schedule_steps: int | None = None
+    """Steps until the learning rate reaches 0; None: the stage's own number of steps."""
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What happened since the last report."""
+
+    seed: int
+    stage: int
+    epoch: int
+    step: int
+    """Optimizer steps of the stage so far."""
+    total_steps: int
+    loss: float
+    """Mean over the steps since the last report."""
+    grad_norm: float
+    """Of the last step, before clipping."""
+    learning_rate: float
+    examples_per_second: float
+
+
+REPORT_EVERY = 10
+"""Steps between two reports. On a GPU, the only times at which the host waits for the device."""
+
+
+def train_stage(
+    state: TrainingState,
+    data: StageData,
+    loss_function: Loss,
+    settings: StageSettings,
+    *,
+    on_report: Callable[[StepReport], None] | None = None,
+    show_progress: bool = False,
+) -> None:
+    """Train `state.model` from where `state` stands to the end of the stage, in place.
+
+    Raises NonFiniteError, naming the step and its rows, when a loss or gradient is not finite; the
+    weights are then those before that step.
+    """
+    device = state.model.bert.pooler.weight.device
+    work = WorkingCopy(state.model, settings.dtype)
+    if state.optimizer is None:
+        state.optimizer = make_adamw(work.masters, settings.learning_rate, settings.weight_decay)
+    optimizer = state.optimizer
+    generator = torch.Generator(device)
+    labels_N = torch.from_numpy(data.labels_N)
+    lengths_N = data.store.lengths.numpy()
+
+    def batches_of(epoch: int) -> list[np.ndarray]:
+        order = (state.seed, state.stage)
+        return epoch_batches(
+            settings.sampler, data.labels_N, lengths_N, settings.batch_size, order, epoch
+        )
+
+    # Counted, not computed: epochs of the token-budget sampler differ by a batch or two.
+    total_steps = sum(len(batches_of(epoch)) for epoch in range(settings.epochs))
+    schedule_steps = settings.schedule_steps or total_steps
+    monitor = _Monitor(state, total_steps, device)
+
+    title = f"seed {state.seed}, stage {state.stage}"
+    with progress_bar(title, total_steps, "step", show_progress) as bar:
+        bar.update(state.step)
+        while state.epoch < settings.epochs:
+            batches = batches_of(state.epoch)
+            while state.batch < len(batches):
+                rows_B = torch.from_numpy(batches[state.batch])
+                batch = pack(data.store, rows_B).to(device)
+                labels_B = labels_N[rows_B].to(device)
+                generator.manual_seed(
+                    derive_seed(DROPOUT_STREAM, state.seed, state.stage, state.step)
+                )
+
+                logits_BC = work.model(**batch.inputs(), generator=generator)
+                loss = loss_function(logits_BC, labels_B)
+                loss.backward()
+
+                grad_norm = clip_gradients(work.pull_gradients(), settings.max_grad_norm)
+                learning_rate = settings.learning_rate * linear_decay(state.step, schedule_steps)
+                optimizer.param_groups[0]["lr"] = learning_rate
+                # With this flag up, the optimizer's step does nothing.
+                optimizer.found_inf = monitor.watch(loss, grad_norm)  # type: ignore[attr-defined]
+                optimizer.step()
+                work.drop_gradients()
+                work.push_weights()
+
+                state.batch += 1
+                state.step += 1
+                bar.update(1)
+                bad_step = monitor.find_bad_step()
+                if bad_step is not None:
+                    epochs = [batches_of(epoch) for epoch in range(state.epoch + 1)]
+                    rows = [rows for batches in epochs for rows in batches][bad_step]
+                    raise NonFiniteError(_describe_bad_step(state, bad_step, rows))
+                report = monitor.report(len(rows_B), learning_rate)
+                if report is not None:
+                    bar.set_postfix_str(
+                        f"loss {report.loss:.4f}, {report.examples_per_second:.0f} examples/s"
+                    )
+                    if on_report is not None:
+                        on_report(report)
+            state.epoch, state.batch = state.epoch + 1, 0
+
+
+class _Monitor:
+    """Loss, gradient norm and speed since the last report, and whether all was finite.
+
+    A step with a non-finite loss or gradient must not reach the weights, but if the host looked at
+    every step it would wait for the device at every step. So the finding stays on the device, as a
+    flag that turns this and all later steps of the optimizer into nothing, and the host reads it
+    at the next report (on the CPU, where nothing waits, at once).
+    """
+
+    def __init__(self, state: TrainingState, total_steps: int, device: torch.device) -> None:
+        self.state = state
+        self.total_steps = total_steps
+        self.check_every = 1 if device.type == "cpu" else REPORT_EVERY
+        self.bad = torch.zeros((), device=device)
+        self.finite_steps = torch.full((), float(state.step), device=device)
+        self.loss_sum = torch.zeros((), device=device)
+        self.grad_norm = torch.zeros((), device=device)
+        self.steps = self.examples = 0
+        self.began = perf_counter()
+
+    def watch(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
+        """Call before the optimizer's step. Returns the flag: 1.0 when this step must not happen."""
+        loss = loss.detach()
+        self.loss_sum = self.loss_sum + loss
+        self.grad_norm = grad_norm
+        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
+        self.bad = torch.maximum(self.bad, (~finite).float())
+        self.finite_steps += 1.0 - self.bad
+        return self.bad
+
+    def find_bad_step(self) -> int | None:
+        """The first step, from 0, that was not finite; None also when it is not yet time to look."""
+        due = self.state.step % self.check_every == 0 or self.state.step == self.total_steps
+        # Deliberate wait for the device, once in `check_every` steps.
+        return int(self.finite_steps) if due and bool(self.bad) else None
+
+    def report(self, num_examples: int, learning_rate: float) -> StepReport | None:
+        """Count a step; a report when one is due. Reading the loss waits for the device."""
+        self.steps += 1
+        self.examples += num_examples
+        state = self.state
+        if state.step % REPORT_EVERY and state.step != self.total_steps:
+            return None
+        loss = float(self.loss_sum) / self.steps
+        seconds = max(1e-9, perf_counter() - self.began)
+        report = StepReport(
+            seed=state.seed,
+            stage=state.stage,
+            epoch=state.epoch,
+            step=state.step,
+            total_steps=self.total_steps,
+            loss=loss,
+            grad_norm=float(self.grad_norm),
+            learning_rate=learning_rate,
+            examples_per_second=self.examples / seconds,
+        )
+        self.loss_sum = torch.zeros_like(self.loss_sum)
+        self.steps = self.examples = 0
+        self.began = perf_counter()
+        return report
+
+
+def _describe_bad_step(state: TrainingState, step: int, rows: np.ndarray) -> str:
+    return (
+        f"seed {state.seed}, stage {state.stage}, step {step + 1}: the loss or the gradient is not "
+        f"finite (training rows {', '.join(map(str, rows))}, from 0); training stopped before that "
+        "step changed the weights: try a lower learning rate, or --precision fp32"
+    )

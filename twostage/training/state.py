@@ -1,0 +1,44 @@
+"""The whole state of a run, in one object.
+
+Batch order and dropout masks are pure functions of (seed, stage, epoch or step), so the generators
+need no state of their own: the counters below are their state. With the weights and the
+optimizer's moments they are all that a later process needs to go on as if nothing had happened.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..model.bert import BertClassifier
+
+
+@dataclass
+class TrainingState:
+    """Where a run stands. A stage advances it in place, one batch at a time."""
+
+    seed: int
+    model: BertClassifier
+    """fp32 master weights."""
+    stage: int = 1
+    """1 or 2."""
+    epoch: int = 0
+    """Epoch of the stage, from 0."""
+    batch: int = 0
+    """The next batch of the epoch, from 0."""
+    step: int = 0
+    """Optimizer steps of the stage so far."""
+    optimizer: torch.optim.AdamW | None = None
+    """Of the current stage; None until its first step."""
+
+    def begin_stage(self, stage: int) -> None:
+        """Enter `stage` at its first batch, with a new optimizer and schedule."""
+        self.stage, self.epoch, self.batch, self.step, self.optimizer = stage, 0, 0, 0, None
+
+
+HEAD_STREAM, DROPOUT_STREAM = 0, 1
+
+
+def derive_seed(*numbers: int) -> int:
+    """A 63-bit seed for a torch generator, as unrelated for neighbouring numbers as for any."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
