@@ -1,4 +1,4 @@
-"""Packaging. `kernels/` installs as `twostage.kernels`: the name `kernels` belongs to another package."""
+"""Packaging. `kernels/` installs as `twostage.kernels`; the bare name is another package's."""
 
 from pathlib import Path
 

@@ -20,7 +20,7 @@ from .dropout import dropout
 
 @dataclass(frozen=True)
 class PaddedLayout:
-    """Where each packed token lies in the padded block; computed once a batch, used by each layer."""
+    """Where each packed token lies in the padded block: made once a batch, used by each layer."""
 
     rows_N: Tensor
     """[N] int64: token t of the packed axis is row `rows_N[t]` of the [B·L] padded block."""

@@ -15,7 +15,8 @@ from a class-balanced signal, then fine-tunes everything in the standard way:
 Vanilla fine-tuning is stage 2 alone.
 
 Source: ValizadehAslani et al. 2022, "Two-Stage Fine-Tuning: A Novel Strategy for Learning
-Class-Imbalanced Data" (arXiv 2207.10858); with ChatGPT augmentation, Neurocomputing 592:127801, 2024.
+Class-Imbalanced Data" (arXiv 2207.10858). With ChatGPT augmentation: Neurocomputing 592:127801,
+2024.
 """
 
 from collections.abc import Callable

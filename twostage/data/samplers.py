@@ -92,9 +92,7 @@ def _cut(order: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def _cut_by_tokens(
-    order: np.ndarray, lengths_N: np.ndarray, max_tokens: int
-) -> list[np.ndarray]:
+def _cut_by_tokens(order: np.ndarray, lengths_N: np.ndarray, max_tokens: int) -> list[np.ndarray]:
     batches: list[np.ndarray] = []
     start = tokens = 0
     for i, length in enumerate(lengths_N[order].tolist()):

@@ -3,8 +3,8 @@
 A table has a header, with a text column (`text`, or `sentence` as in GLUE) and a `label` column in
 any order; other columns are ignored. `.tsv` files are split at tabs, all others at commas. Quotes
 follow the rules that spreadsheets, pandas and Python's csv module share. Every bad row is reported
-with its file and line, up to a limit. Texts are kept as they are: `null`, `NA` or `None` is text, and so
-is an empty field.
+with its file and line, up to a limit. Texts are kept as they are: `null`, `NA` or `None` is text,
+and so is an empty field.
 """
 
 import csv
@@ -65,12 +65,15 @@ def read_table(path: str | Path) -> Table:
     """Read a CSV or TSV file. Raises DataError for what cannot be used, all bad rows at once."""
     path = Path(path)
     try:
-        content = path.read_text(encoding="utf-8-sig", newline="")
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            content = file.read()
     except FileNotFoundError:
         raise DataError(f"there is no file '{path}'") from None
     except UnicodeDecodeError as error:
         line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}, line {line}: not valid UTF-8; convert the file to UTF-8") from None
+        raise DataError(
+            f"{path}, line {line}: not valid UTF-8; convert the file to UTF-8"
+        ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     if not content.strip():
@@ -174,7 +177,7 @@ def _read_rows(content: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
             yield "\n"
         yield _END
 
-    # Fields as long as the whole file: the csv module's limit is process-wide, and texts may be long.
+    # Texts may be long, and the csv module's limit on a field is one for the whole process.
     previous_limit = csv.field_size_limit(max(len(content) + len(_END), csv.field_size_limit()))
     try:
         reader = csv.reader(lines(), delimiter=delimiter)

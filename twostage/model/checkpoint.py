@@ -27,8 +27,8 @@ from .bert import (
 )
 
 SAVED_MODEL_TYPE = "twostage_bert"
-"""`model_type` of a saved classifier. Not `bert`: transformers' own BERT classifier has a head of one
-layer, would load such a folder with a fresh random head, and only warn."""
+"""`model_type` of a saved classifier. Not `bert`: transformers' own BERT classifier, whose head has
+one layer, would load such a folder with a fresh random head, and only warn."""
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,7 @@ def to_stored(tensors: Mapping[str, Tensor], num_layers: int) -> dict[str, Tenso
 def build_model(
     checkpoint: Checkpoint, num_classes: int, generator: torch.Generator
 ) -> BertClassifier:
-    """A classifier with copies of the pretrained weights and a head drawn from `generator` (CPU)."""
+    """A classifier with copies of the pretrained weights; its head is drawn from `generator`."""
     hidden = checkpoint.config.hidden_size
     tensors = {f"bert.{name}": tensor.clone() for name, tensor in checkpoint.tensors.items()}
     new = [("classifier.0", HEAD_SIZE, hidden), ("classifier.2", num_classes, HEAD_SIZE)]
@@ -202,7 +202,9 @@ def save_classifier(model: BertClassifier, folder: str | Path, class_names: list
     folder.mkdir(parents=True, exist_ok=True)
     config = model.bert.config
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    encoder = {name.removeprefix("bert."): t for name, t in state.items() if name.startswith("bert.")}
+    encoder = {
+        name.removeprefix("bert."): t for name, t in state.items() if name.startswith("bert.")
+    }
     stored = to_stored(encoder, config.num_hidden_layers)
     stored |= {name: t for name, t in state.items() if name.startswith("classifier.")}
     contiguous = {name: tensor.contiguous() for name, tensor in stored.items()}

@@ -3,7 +3,8 @@
 Each loss is one setting of the fused operation in `kernels/cross_entropy.py`, which computes the
 value and the gradient in one pass:
 
-    L = Σ_b w_{y_b} · (logsumexp_c z_bc − z_{b,y_b}) / Σ_b w_{y_b},   z_bc = s (logits_bc − m_c [c = y_b])
+    z_bc = s · (logits_bc − m_c · [c = y_b])
+    L    = Σ_b w_{y_b} · (logsumexp_c z_bc − z_{b,y_b}) / Σ_b w_{y_b}
 
 Shapes: B examples, C classes, n_c training examples of class c.
 """

@@ -173,7 +173,7 @@ class _Monitor:
         self.began = perf_counter()
 
     def watch(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Call before the optimizer's step. Returns the flag: 1.0 when this step must not happen."""
+        """Call before the optimizer's step; returns the flag, 1.0 when it must not happen."""
         loss = loss.detach()
         self.loss_sum = self.loss_sum + loss
         self.grad_norm = grad_norm
@@ -183,7 +183,7 @@ class _Monitor:
         return self.bad
 
     def find_bad_step(self) -> int | None:
-        """The first step, from 0, that was not finite; None also when it is not yet time to look."""
+        """The first step, from 0, that was not finite; None also while it is too early to look."""
         due = self.state.step % self.check_every == 0 or self.state.step == self.total_steps
         # Deliberate wait for the device, once in `check_every` steps.
         return int(self.finite_steps) if due and bool(self.bad) else None

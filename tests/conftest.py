@@ -1,0 +1,60 @@
+"""What several tests need: the demo's encoder and texts, and a small random BERT of our own."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from twostage.assets import fetch_demo
+from twostage.data.tables import Table, read_table
+from twostage.model.bert import BertConfig
+from twostage.model.checkpoint import Checkpoint, tensor_names
+
+
+@pytest.fixture(scope="session")
+def demo_folder(pytestconfig: pytest.Config) -> Path:
+    """The real MiniLM and the critics' snippets: 93 MB, downloaded once, kept in pytest's cache."""
+    folder = pytestconfig.cache.mkdir("demo")
+    fetch_demo(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def snippets(demo_folder: Path) -> Table:
+    return read_table(demo_folder / "train.tsv")
+
+
+TINY = BertConfig(
+    vocab_size=101,
+    hidden_size=24,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    intermediate_size=40,
+    max_position_embeddings=32,
+)
+
+
+@pytest.fixture
+def tiny_checkpoint() -> Checkpoint:
+    """Three layers of random weights, large enough for attention to be far from flat."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {
+        "embeddings.word.weight": (TINY.vocab_size, 24),
+        "embeddings.position.weight": (TINY.max_position_embeddings, 24),
+        "embeddings.token_type.weight": (2, 24),
+        "pooler.weight": (24, 24),
+    }
+    matrices = {"qkv": (72, 24), "attention_output": (24, 24)}
+    matrices |= {"intermediate": (40, 24), "output": (24, 40)}
+    tensors = {}
+    for name, _ in tensor_names(TINY.num_hidden_layers):
+        part = name.split(".")[-2]
+        if name.endswith("norm.weight"):
+            tensors[name] = 1 + 0.1 * torch.randn(24, generator=generator)
+        elif name.endswith(".bias"):
+            rows = matrices.get(part, (24,))[0]
+            tensors[name] = 0.1 * torch.randn(rows, generator=generator)
+        else:
+            shape = shapes.get(name) or matrices[part]
+            tensors[name] = 0.3 * torch.randn(shape, generator=generator)
+    return Checkpoint(TINY, tensors)

@@ -1,0 +1,213 @@
+"""Our packed encoder against transformers' padded one."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from twostage.data.packing import PackedBatch, TokenStore, pack
+from twostage.data.tables import Table
+from twostage.data.tokenization import load_tokenizer
+from twostage.errors import ModelError
+from twostage.model.bert import BertClassifier, BertConfig
+from twostage.model.checkpoint import (
+    Checkpoint,
+    build_model,
+    load_checkpoint,
+    tensor_names,
+    to_stored,
+)
+
+# Below this, in units of the reference's scale, two fp32 results differ by luck only.
+FLOOR = 2e-6
+
+
+def text_of_tokens(snippets: Table, demo_folder: Path, lengths: list[int]) -> TokenStore:
+    """Real text cut to exactly these numbers of tokens, with [CLS] and [SEP] where they fit."""
+    tokenizer = load_tokenizer(demo_folder / "model")
+    long_text = " ".join(snippets.texts[:400])
+    ids = tokenizer.encode(long_text).ids
+    flat: list[int] = []
+    start = 1
+    for length in lengths:
+        body = ids[start : start + max(0, length - 2)]
+        start += len(body)
+        flat += [101, *body, 102][:length]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    return TokenStore(torch.tensor(flat, dtype=torch.int32), offsets)
+
+
+def transformers_bert(folder: Path, dtype: torch.dtype) -> transformers.BertModel:
+    model = transformers.BertModel.from_pretrained(folder, attn_implementation="eager")
+    return model.to(dtype).eval()
+
+
+def padded(store: TokenStore) -> tuple[Tensor, Tensor]:
+    """input_ids and attention_mask, [B, L]."""
+    rows = [store.ids[a:b] for a, b in zip(store.offsets, store.offsets[1:], strict=False)]
+    ids_BL = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).long()
+    mask_BL = (torch.arange(ids_BL.shape[1]) < store.lengths[:, None]).long()
+    return ids_BL, mask_BL
+
+
+def relative_error(ours: Tensor, reference: Tensor) -> float:
+    ours, reference = ours.detach().double(), reference.detach().double()
+    return float((ours - reference).norm() / reference.norm())
+
+
+def test_hidden_states_pooler_and_gradients_agree_with_transformers_on_1_to_512_tokens(
+    demo_folder: Path, snippets: Table
+) -> None:
+    folder = demo_folder / "model"
+    store = text_of_tokens(snippets, demo_folder, [1, 2, 3, 17, 64, 65, 128, 300, 511, 512, 30])
+    batch = pack(store, torch.arange(len(store)))
+    ids_BL, mask_BL = padded(store)
+    # An arbitrary smooth function of hidden states and pooler output, to compare gradients by.
+    weights_D = torch.randn(384, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def run_theirs(dtype: torch.dtype) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        model = transformers_bert(folder, dtype)
+        out = model(input_ids=ids_BL, attention_mask=mask_BL)
+        hidden_TD = out.last_hidden_state[mask_BL.bool()]
+        score = (hidden_TD * weights_D.to(dtype)).sum(1).sin().sum() + out.pooler_output.sum()
+        score.backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        return hidden_TD, out.pooler_output, gradients
+
+    reference, theirs = run_theirs(torch.float64), run_theirs(torch.float32)
+    model = build_model(load_checkpoint(folder), 2, torch.Generator()).bert
+    hidden_TD = model(**batch.inputs())
+    pooled_BD = model.pool(hidden_TD, batch.cu_seqlens)
+    real_TD = hidden_TD[: batch.num_tokens]
+    score = (real_TD * weights_D.float()).sum(1).sin().sum() + pooled_BD.sum()
+    score.backward()
+
+    assert (
+        relative_error(real_TD, reference[0]) <= 2 * relative_error(theirs[0], reference[0]) + FLOOR
+    )
+    assert relative_error(pooled_BD, reference[1]) <= (
+        2 * relative_error(theirs[1], reference[1]) + FLOOR
+    )
+    ours = to_stored({name: p.grad for name, p in model.named_parameters()}, 6)
+    for name, expected in reference[2].items():
+        if name.endswith("key.bias"):
+            continue  # exactly 0: softmax does not change when all scores of a row shift alike
+        error = relative_error(ours[f"bert.{name}"], expected)
+        assert error <= 2 * relative_error(theirs[2][name], expected) + FLOOR, name
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
+def test_each_activation_agrees_with_transformers(
+    tiny_checkpoint: Checkpoint, activation: str
+) -> None:
+    config = replace(tiny_checkpoint.config, hidden_act=activation)
+    theirs = transformers.BertModel(
+        transformers.BertConfig(**{f: getattr(config, f) for f in config.__dataclass_fields__})
+    ).eval()
+    stored = to_stored(tiny_checkpoint.tensors, config.num_hidden_layers)
+    theirs.load_state_dict({k.removeprefix("bert."): v for k, v in stored.items()})
+    model = build_model(replace(tiny_checkpoint, config=config), 2, torch.Generator()).bert
+    ids = torch.randint(0, 101, (1, 9), generator=torch.Generator().manual_seed(3))
+    out = model(ids[0], torch.arange(9), torch.tensor([0, 9]))
+    torch.testing.assert_close(out, theirs(input_ids=ids).last_hidden_state[0])
+
+
+def random_batch(lengths: list[int], round_to: int) -> PackedBatch:
+    total = sum(lengths)
+    ids = torch.randint(1, 101, (total,), generator=torch.Generator().manual_seed(5))
+    store = TokenStore(ids.int(), torch.tensor([0, *lengths]).cumsum(0))
+    return pack(store, torch.arange(len(lengths)), round_to)
+
+
+def classifier(checkpoint: Checkpoint, num_classes: int = 3) -> BertClassifier:
+    return build_model(checkpoint, num_classes, torch.Generator().manual_seed(2))
+
+
+def test_a_text_has_the_same_logits_alone_and_packed_with_others(
+    tiny_checkpoint: Checkpoint,
+) -> None:
+    model = classifier(tiny_checkpoint)
+    lengths = [5, 1, 32, 7]
+    together = random_batch(lengths, round_to=64)
+    logits_BC = model(**together.inputs())
+    for b, (start, end) in enumerate(
+        zip(together.cu_seqlens, together.cu_seqlens[1:], strict=False)
+    ):
+        ids = together.input_ids_T[start:end]
+        alone = model(ids, torch.arange(len(ids)), torch.tensor([0, len(ids)]))
+        torch.testing.assert_close(logits_BC[b : b + 1], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_filler_tokens_change_nothing_and_receive_no_gradient(tiny_checkpoint: Checkpoint) -> None:
+    gradients = []
+    for round_to in (1, 64):
+        model = classifier(tiny_checkpoint)
+        batch = random_batch([5, 1, 12], round_to)
+        logits_BC = model(**batch.inputs())
+        logits_BC.square().sum().backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert len(batch.input_ids_T) == 64
+    for name, without in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], without, rtol=1e-5, atol=1e-6)
+    # Token 0 occurs as filler only.
+    assert gradients[1]["bert.embeddings.word.weight"][0].abs().max() == 0
+
+
+def test_without_a_generator_nothing_is_dropped_and_with_one_the_draws_repeat(
+    tiny_checkpoint: Checkpoint,
+) -> None:
+    model, batch = classifier(tiny_checkpoint), random_batch([5, 9], 64)
+    plain = [model(**batch.inputs()) for _ in range(2)]
+    drawn = [
+        model(**batch.inputs(), generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+    ]
+    assert torch.equal(plain[0], plain[1])
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+    assert not torch.equal(drawn[0], plain[0])
+
+
+def test_building_and_running_a_model_leaves_the_global_generator_alone(
+    tiny_checkpoint: Checkpoint,
+) -> None:
+    before = torch.get_rng_state()
+    model, batch = classifier(tiny_checkpoint), random_batch([5, 9], 64)
+    model(**batch.inputs(), generator=torch.Generator().manual_seed(1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_new_head_is_drawn_as_torch_linear_draws_it(tiny_checkpoint: Checkpoint) -> None:
+    head = classifier(tiny_checkpoint, num_classes=400).classifier[2]
+    bound = 50**-0.5
+    assert head.weight.shape == (400, 50)
+    assert bound * 0.99 < head.weight.abs().max() <= bound
+    assert abs(head.weight.std().item() - bound / 3**0.5) < 0.01 * bound
+    assert head.bias.abs().max() <= bound
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("hidden_act", "swish"),
+        ("num_attention_heads", 5),
+        ("hidden_size", 0),
+        ("vocab_size", "many"),
+        ("layer_norm_eps", -1.0),
+        ("hidden_dropout_prob", 1.0),
+    ],
+)
+def test_a_config_that_cannot_be_is_refused_by_the_name_of_its_field(
+    tiny_checkpoint: Checkpoint, field: str, value: object
+) -> None:
+    with pytest.raises(ModelError, match=field):
+        replace(tiny_checkpoint.config, **{field: value})
+
+
+def test_the_name_table_covers_every_parameter_once(tiny_checkpoint: Checkpoint) -> None:
+    model = classifier(tiny_checkpoint).bert
+    ours = [name for name, _ in tensor_names(3)]
+    assert sorted(ours) == sorted(name for name, _ in model.named_parameters())
+    assert isinstance(model.config, BertConfig)

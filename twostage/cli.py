@@ -1,0 +1,252 @@
+"""The `twostage` command: arguments only. What each command does is elsewhere.
+
+Exit codes: 0 done; 2 usage; 3 data or model unusable; 4 network or missing download; 7 non-finite
+numbers; 130 Ctrl-C; 143 SIGTERM.
+"""
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+
+from .errors import TwoStageError
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command in the same orderly way as Ctrl-C."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+
+    def terminate(signum: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        options = _make_parser().parse_args(arguments)
+        options.run(options)
+        return 0
+    except TwoStageError as error:
+        print(f"twostage: error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt as interrupt:
+        print(f"\ntwostage: {interrupt or 'stopped'}", file=sys.stderr)
+        return 143 if isinstance(interrupt, _Terminated) else 130
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="twostage",
+        description="Two-stage fine-tuning of BERT-style encoders on class-imbalanced text.",
+        epilog="Start with: twostage demo",
+    )
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    _add_demo(commands)
+    _add_fetch(commands)
+    _add_downsample(commands)
+    _add_train(commands)
+    return parser
+
+
+_Commands = argparse._SubParsersAction  # the type has no public name
+
+
+def _add_command(
+    commands: "_Commands[argparse.ArgumentParser]", name: str, summary: str, example: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"example: {example}",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+
+
+def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    parser = _add_command(
+        commands,
+        "demo",
+        "see on real text what two stages change, in minutes",
+        "twostage demo --rate 0.2 --seed 7",
+    )
+    parser.add_argument("--rate", type=float, default=0.1, help="share of rotten reviews to keep")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the three runs")
+    parser.add_argument("--to", type=Path, default=Path("demo"), metavar="DIR", help="work here")
+    parser.set_defaults(run=_demo)
+
+
+def _add_fetch(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    parser = _add_command(
+        commands,
+        "fetch",
+        "download the demo's encoder and texts, once",
+        "twostage fetch demo --to demo",
+    )
+    parser.add_argument("name", metavar="NAME", choices=("demo",), help="what to download: demo")
+    parser.add_argument("--to", type=Path, default=Path("demo"), metavar="DIR", help="put it here")
+    parser.set_defaults(run=_fetch)
+
+
+def _add_downsample(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    parser = _add_command(
+        commands,
+        "downsample",
+        "make SST-2 imbalanced as the paper does",
+        "twostage downsample -i SST-2 -o down_sampled",
+    )
+    parser.add_argument(
+        "-i",
+        "--input-path",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="holds train.tsv and dev.tsv, each with the columns sentence and label (0 or 1)",
+    )
+    parser.add_argument(
+        "-o",
+        "--output-path",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="gets RATE/train.csv and RATE/test.csv",
+    )
+    parser.add_argument(
+        "--rates",
+        type=_numbers(float),
+        default="0.1,0.2,0.3,0.4,0.5,0.6,0.7",
+        metavar="R,R,…",
+        help="shares of negatives to keep",
+    )
+    parser.add_argument("--seed", type=int, default=42, help="of the draws; published: 42")
+    parser.set_defaults(run=_downsample)
+
+
+def _add_train(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    parser = _add_command(
+        commands,
+        "train",
+        "fine-tune in two stages and evaluate, once for each seed",
+        "twostage train -d down_sampled/0.2 -o results/two-stage -e 1 -f 1",
+    )
+    add = parser.add_argument
+    add(
+        "-d",
+        "--data-path",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="holds train.csv and test.csv (columns text, label); aug.csv for --method augment",
+    )
+    add("-o", "--output-path", type=Path, required=True, metavar="DIR", help="gets results.csv, …")
+    add("--method", default="reweight", help="reweight, augment or vanilla")
+    add("-e", "--epoch-stage-1", type=int, default=1, metavar="N", help="0 is vanilla")
+    add("-f", "--epoch-stage-2", type=int, default=1, metavar="N", help="epochs of stage 2")
+    add(
+        "--model",
+        type=Path,
+        default=Path("bert-base-uncased"),
+        metavar="DIR",
+        help="folder with config.json, model.safetensors and tokenizer.json or vocab.txt",
+    )
+    add("--seeds", type=_numbers(int), default="7,42,106,190,191", metavar="N,N,…", help="runs")
+    add("--batch-size", type=int, default=16, metavar="N", help="texts in a batch")
+    add("--max-length", type=int, default=128, metavar="N", help="tokens at which a text is cut")
+    add("--lr-stage-1", type=float, default=1e-4, metavar="X", help="learning rate of stage 1")
+    add("--lr-stage-2", type=float, default=1e-5, metavar="X", help="learning rate of stage 2")
+    add("--stage-1-layers", type=int, default=1, metavar="N", help="encoder layers in stage 1")
+    add("--loss", help="of stage 1: ldam or ce; None: ce for augment, else ldam")
+    add(
+        "--class-weights",
+        help="of stage 1: effective, inverse, inverse-sqrt or none; None: none for augment, "
+        "else effective",
+    )
+    add("--ldam-s", type=float, default=1.0, metavar="X", help="scale of the logits in LDAM")
+    add("--ldam-max-m", type=float, default=0.5, metavar="X", help="margin of the rarest class")
+    add("--sampler", default="random", help="random, class-balanced or token-budget")
+    add("--precision", default="auto", help="auto, fp32 or bf16")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--threads", type=int, metavar="N", help="CPU threads; None: torch's choice")
+    add("--save-models", action="store_true", help="keep each seed's model in seed-N/")
+    add(
+        "--upstream-schedule",
+        action="store_true",
+        help="count the steps of augmented stage 1 as the published code does",
+    )
+    parser.set_defaults(run=_train)
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from .demo import run_demo
+
+    run_demo(options.to, options.rate, options.seed, show_progress=True)
+
+
+def _fetch(options: argparse.Namespace) -> None:
+    from .assets import fetch_demo
+
+    fetched = fetch_demo(options.to)
+    print(f"{options.to}: train.tsv, dev.tsv and model/{'' if fetched else ' were there already'}")
+
+
+def _downsample(options: argparse.Namespace) -> None:
+    from .data.downsampling import downsample_folder
+
+    for folder, positives, negatives in downsample_folder(
+        options.input_path, options.output_path, options.rates, options.seed
+    ):
+        print(f"{folder}: {positives} positive, {negatives} negative")
+
+
+def _train(options: argparse.Namespace) -> None:
+    import torch
+
+    from .experiment import format_results, run_experiment
+    from .two_stage import Recipe
+
+    if options.threads is not None:
+        torch.set_num_threads(max(1, options.threads))
+    recipe = Recipe(
+        method=options.method,
+        epochs_stage_1=options.epoch_stage_1,
+        epochs_stage_2=options.epoch_stage_2,
+        seeds=options.seeds,
+        batch_size=options.batch_size,
+        max_length=options.max_length,
+        learning_rate_stage_1=options.lr_stage_1,
+        learning_rate_stage_2=options.lr_stage_2,
+        stage_1_layers=options.stage_1_layers,
+        loss=options.loss,
+        class_weights=options.class_weights,
+        ldam_s=options.ldam_s,
+        ldam_max_m=options.ldam_max_m,
+        sampler=options.sampler,
+        precision=options.precision,
+        device=options.device,
+        upstream_schedule=options.upstream_schedule,
+    )
+    result = run_experiment(
+        options.model,
+        options.data_path,
+        options.output_path,
+        recipe,
+        save_models=options.save_models,
+        show_progress=True,
+    )
+    print("\n" + format_results(result))
+    print(f"written: {options.output_path}/results.csv, ave_sst.csv, log.csv")
+
+
+def _numbers(kind: type[int] | type[float]) -> Callable[[str], tuple[float, ...]]:
+    """A comma-separated list on the command line."""
+
+    def parse(text: str) -> tuple[float, ...]:
+        return tuple(kind(part) for part in text.split(","))
+
+    parse.__name__ = f"list of {kind.__name__}s"  # argparse names it when a value is refused
+    return parse
