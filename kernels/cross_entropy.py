@@ -101,7 +101,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         return loss
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient_BC,) = ctx.saved_tensors
         return gradient_BC * upstream.to(gradient_BC.dtype), None, None, None, None

@@ -193,6 +193,16 @@ class BertClassifier(nn.Module):
             nn.Linear(config.hidden_size, HEAD_SIZE), nn.ReLU(), nn.Linear(HEAD_SIZE, num_classes)
         )
 
+    @property
+    def num_classes(self) -> int:
+        """C."""
+        return len(self.get_parameter("classifier.2.bias"))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.bert.pooler.weight.device
+
     def forward(
         self,
         input_ids_T: Tensor,

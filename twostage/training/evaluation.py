@@ -30,10 +30,9 @@ def predict_logits(
 
     dtype: of forward; the model itself stays as it is.
     """
-    device = model.bert.pooler.weight.device
+    device = model.device
     work = WorkingCopy(model, dtype).model
-    num_classes = model.classifier[-1].out_features
-    logits_NC = torch.empty(len(store), num_classes, device=device)
+    logits_NC = torch.empty(len(store), model.num_classes, device=device)
     with torch.no_grad(), progress_bar(description, len(store), "text", show_progress) as bar:
         for rows in length_sorted_batches(store.lengths.numpy(), max_tokens):
             rows_B = torch.from_numpy(rows)

@@ -37,7 +37,7 @@ def clip_gradients(gradients: list[Tensor], max_norm: float) -> Tensor:
 
     Returns the norm before clipping, a scalar on the device; the host does not wait.
     """
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     torch._foreach_mul_(gradients, factor)
     return norm

@@ -88,7 +88,7 @@ def train_stage(
     Raises NonFiniteError, naming the step and its rows, when a loss or gradient is not finite; the
     weights are then those before that step.
     """
-    device = state.model.bert.pooler.weight.device
+    device = state.model.device
     work = WorkingCopy(state.model, settings.dtype)
     if state.optimizer is None:
         state.optimizer = make_adamw(work.masters, settings.learning_rate, settings.weight_decay)

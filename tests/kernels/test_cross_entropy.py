@@ -1,0 +1,127 @@
+"""The fused loss against torch's own, against its reference, and against float64."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from twostage.kernels.cross_entropy import fused_cross_entropy, reference_cross_entropy
+
+SHAPES = [(1, 2), (16, 2), (7, 3), (33, 52), (5, 1000), (3, 1)]
+
+
+def random_inputs(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(sum(shape))
+    batch, classes = shape
+    logits_BC = (3 * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
+    labels_B = torch.randint(classes, (batch,), generator=generator)
+    weights_C = 0.1 + torch.rand(classes, generator=generator, dtype=torch.float64)
+    margins_C = 0.5 * torch.rand(classes, generator=generator, dtype=torch.float64)
+    return logits_BC, labels_B, weights_C, margins_C
+
+
+def test_two_rows_by_hand() -> None:
+    # Row 0: logits (ln 3, 0), label 1, margin 0, scale 1: p = (3/4, 1/4), loss ln 4.
+    # Row 1: logits (0, ln 2) with margin ln 2 on label 1 gives (0, 0): p = (1/2, 1/2), loss ln 2.
+    logits_BC = torch.tensor([[math.log(3), math.log(2)], [0.0, math.log(2)]], requires_grad=True)
+    weights_C, margins_C = torch.tensor([1.0, 3.0]), torch.tensor([0.0, math.log(2)])
+    loss = fused_cross_entropy(logits_BC, torch.tensor([1, 1]), weights_C, margins_C)
+    loss.backward()
+    assert loss.item() == pytest.approx((math.log(4) + math.log(2)) / 2)
+    torch.testing.assert_close(
+        logits_BC.grad, torch.tensor([[0.75 / 2, -0.75 / 2], [0.5 / 2, -0.5 / 2]])
+    )
+
+
+def test_weights_and_scale_by_hand() -> None:
+    # Scale 2 on (ln 2 / 2, 0) gives (ln 2, 0): p = (2/3, 1/3). Losses ln 1.5 (label 0), ln 3 (1).
+    logits_BC = torch.tensor([[math.log(2) / 2, 0.0]] * 2, requires_grad=True)
+    loss = fused_cross_entropy(
+        logits_BC, torch.tensor([0, 1]), torch.tensor([1.0, 4.0]), None, scale=2.0
+    )
+    loss.backward()
+    assert loss.item() == pytest.approx((math.log(1.5) + 4 * math.log(3)) / 5)
+    expected = [
+        [2 / 5 * (2 / 3 - 1), 2 / 5 * (1 / 3)],
+        [8 / 5 * (2 / 3), 8 / 5 * (1 / 3 - 1)],
+    ]
+    torch.testing.assert_close(logits_BC.grad, torch.tensor(expected))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("weighted", [False, True])
+def test_without_margin_and_scale_it_is_torchs_cross_entropy(
+    shape: tuple[int, int], weighted: bool
+) -> None:
+    logits_BC, labels_B, weights_C, _ = random_inputs(shape, torch.float64)
+    weight = weights_C if weighted else None
+    ours_BC, theirs_BC = (logits_BC.clone().requires_grad_() for _ in range(2))
+    ours = fused_cross_entropy(ours_BC, labels_B, weight)
+    theirs = F.cross_entropy(theirs_BC, labels_B, weight)
+    (3 * ours).backward()
+    (3 * theirs).backward()
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(ours_BC.grad, theirs_BC.grad)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_against_float64_is_at_most_twice_that_of_the_reference(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    logits_BC, labels_B, weights_C, margins_C = random_inputs(shape, dtype)
+
+    def run(function: object, logits_BC: Tensor) -> tuple[Tensor, Tensor]:
+        logits_BC = logits_BC.clone().requires_grad_()
+        loss = function(logits_BC, labels_B, weights_C, margins_C, 1.7)  # type: ignore[operator]
+        loss.backward()
+        return loss.detach().double(), logits_BC.grad.double()
+
+    exact = run(reference_cross_entropy, logits_BC.double())
+    reference = run(reference_cross_entropy, logits_BC)
+    fused = run(fused_cross_entropy, logits_BC)
+    assert run(fused_cross_entropy, logits_BC.float())[0].dtype == torch.float64
+    for ours, plain, true in zip(fused, reference, exact, strict=True):
+        floor = 1e-6 * max(1.0, true.norm().item())
+        assert (ours - true).norm() <= 2 * (plain - true).norm() + floor
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("with_margin", [False, True])
+def test_gradcheck(weighted: bool, with_margin: bool) -> None:
+    logits_BC, labels_B, weights_C, margins_C = random_inputs((6, 4), torch.float64)
+    assert torch.autograd.gradcheck(
+        lambda x: fused_cross_entropy(
+            x, labels_B, weights_C if weighted else None, margins_C if with_margin else None, 2.5
+        ),
+        logits_BC.requires_grad_(),
+    )
+
+
+def test_the_callers_logits_are_untouched_and_backward_may_be_repeated() -> None:
+    logits_BC, labels_B, weights_C, margins_C = random_inputs((4, 3), torch.float32)
+    before = logits_BC.clone()
+    logits_BC.requires_grad_()
+    loss = fused_cross_entropy(logits_BC, labels_B, weights_C, margins_C, 2.0)
+    (first,) = torch.autograd.grad(loss, logits_BC, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, logits_BC, grad_outputs=torch.tensor(2.0))
+    assert torch.equal(logits_BC.detach(), before)
+    torch.testing.assert_close(second, 2 * first)
+
+
+def test_huge_logits_give_finite_loss_and_gradient() -> None:
+    logits_BC = torch.tensor([[3e4, -3e4], [-3e4, 3e4]], requires_grad=True)
+    loss = fused_cross_entropy(logits_BC, torch.tensor([1, 1]))
+    loss.backward()
+    assert loss.item() == pytest.approx(3e4)
+    torch.testing.assert_close(logits_BC.grad, torch.tensor([[0.5, -0.5], [0.0, 0.0]]))
+
+
+def test_non_contiguous_logits() -> None:
+    logits_BC, labels_B, weights_C, _ = random_inputs((6, 4), torch.float64)
+    torch.testing.assert_close(
+        fused_cross_entropy(logits_BC.t().contiguous().t(), labels_B, weights_C),
+        F.cross_entropy(logits_BC, labels_B, weights_C),
+    )
