@@ -1,9 +1,11 @@
 """What several tests need: the demo's encoder and texts, and a small random BERT of our own."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 from twostage.assets import fetch_demo
 from twostage.data.tables import Table, read_table
@@ -22,6 +24,20 @@ def demo_folder(pytestconfig: pytest.Config) -> Path:
 @pytest.fixture(scope="session")
 def snippets(demo_folder: Path) -> Table:
     return read_table(demo_folder / "train.tsv")
+
+
+@pytest.fixture
+def tiny(demo_folder: Path, tmp_path: Path) -> Path:
+    """A model folder that trains in no time: two layers, MiniLM's vocabulary, random weights."""
+    folder = tmp_path / "tiny"
+    config = transformers.BertConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transformers.BertModel(config).save_pretrained(folder)
+    shutil.copy(demo_folder / "model" / "tokenizer.json", folder)
+    return folder
 
 
 TINY = BertConfig(

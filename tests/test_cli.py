@@ -1,0 +1,236 @@
+"""The command as a user meets it: files written, sentences said, exit codes."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from twostage.cli import main
+from twostage.data.tables import write_table
+from twostage.model.checkpoint import load_checkpoint
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    rows = [("good film", 1), ("great fun", 1), ("fine", 1), ("bad film", 0)] * 4
+    write_table(folder / "train.csv", ("text", "label"), rows)
+    write_table(folder / "test.csv", ("text", "label"), rows[:4])
+    return folder
+
+
+def arguments(data: Path, model: Path, output: Path, *more: str) -> list[str]:
+    return ["train", "-d", str(data), "-o", str(output), "--model", str(model), *more]
+
+
+def fails(capsys: pytest.CaptureFixture[str], code: int, message: str, *words: str) -> None:
+    """The command exits with `code` and one sentence on standard error that holds `message`."""
+    assert main(list(words)) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.startswith("twostage: error: ")
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+
+
+def test_train_writes_results_as_published_and_prints_the_tail_first(
+    tiny: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "deep" / "out"
+    assert main(arguments(data, tiny, output, "--seeds", "7,42", "--save-models")) == 0
+    printed = capsys.readouterr().out
+
+    results = pd.read_csv(output / "results.csv", index_col=0)
+    assert list(results.columns) == ["Seed", "F1", "F1_0", "F1_1"]
+    assert list(results["Seed"]) == [7, 42]
+    assert list(results.index) == [0, 1]
+    averages = pd.read_csv(output / "ave_sst.csv", index_col=0)
+    pd.testing.assert_series_equal(averages.iloc[0], results.mean(), check_names=False)
+    assert (output / "results.csv").read_text().startswith(",Seed,F1,F1_0,F1_1\n0,7,")
+
+    header = next(line for line in printed.splitlines() if "micro-F1*" in line)
+    assert header.split("  ")[-5].strip() == "tail F1 ('0')" or "tail F1 ('0')" in header
+    assert header.index("tail F1 ('0')") < header.index("macro-F1") < header.index("micro-F1*")
+    assert "class '0' has 4 of 16 training rows" in printed
+    assert "* micro-F1 is the accuracy" in printed
+    assert "mean" in printed
+
+    with (output / "log.csv").open() as file:
+        log = list(csv.DictReader(file))
+    assert {(row["seed"], row["stage"]) for row in log} == {
+        ("7", "1"),
+        ("7", "2"),
+        ("42", "1"),
+        ("42", "2"),
+    }
+    assert all(float(row["loss"]) > 0 for row in log)
+
+    saved = output / "seed-42"
+    assert {p.name for p in saved.iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+    }
+    assert load_checkpoint(saved).config == load_checkpoint(tiny).config
+    assert not list(output.glob("*.partial"))
+    # a saved model can be trained further
+    assert main(arguments(data, saved, tmp_path / "again", "--seeds", "1", "-e", "0")) == 0
+
+
+def test_every_published_short_flag_and_method_runs(tiny: Path, data: Path, tmp_path: Path) -> None:
+    write_table(data / "aug.csv", ("org_ind", "text", "label"), [(0, "good", 1), (3, "bad", 0)] * 4)
+    runs = [
+        ["--method", "augment", "--upstream-schedule", "--sampler", "token-budget"],
+        ["--method", "vanilla", "-f", "2"],
+        ["--method", "reweight", "-e", "2", "-f", "0", "--sampler", "class-balanced"],
+        [
+            "--loss",
+            "ce",
+            "--class-weights",
+            "inverse-sqrt",
+            "--precision",
+            "bf16",
+            "--threads",
+            "1",
+        ],
+        ["--ldam-s", "2", "--ldam-max-m", "0.3", "--stage-1-layers", "2", "--device", "cpu"],
+        ["--batch-size", "3", "--max-length", "4", "--lr-stage-1", "1e-3", "--lr-stage-2", "1e-3"],
+    ]
+    for i, run in enumerate(runs):
+        assert main(arguments(data, tiny, tmp_path / f"o{i}", "--seeds", "3", *run)) == 0
+
+
+def test_string_labels_and_three_classes(tiny: Path, tmp_path: Path) -> None:
+    rows = [("good", "great"), ("so so", "fair"), ("bad", "poor"), ("bad", "poor")]
+    for name in ("train.csv", "test.csv"):
+        write_table(tmp_path / "d" / name, ("text", "label"), rows)
+    assert main(arguments(tmp_path / "d", tiny, tmp_path / "o", "--seeds", "1")) == 0
+    header = (tmp_path / "o" / "results.csv").read_text().splitlines()[0]
+    assert header == ",Seed,F1,F1_0,F1_1,F1_2"
+
+
+def test_bad_data_is_one_sentence_and_exit_code_3(
+    tiny: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(data, tiny, tmp_path / "o", "--seeds", "1")
+    absent = [*command]
+    absent[2] = str(tmp_path / "absent")
+    fails(capsys, 3, "there is no data folder", *absent)
+
+    train, test = data / "train.csv", data / "test.csv"
+    good = train.read_text()
+    for content, message in [
+        ("", "train.csv is empty"),
+        ("text,label\n", "train.csv has a header but no rows"),
+        ("text,label\na,1\nb\nc,\n", "2 bad rows: line 3: 1 fields"),
+        ("text,label\na,1\nb,1\n", "all 2 rows have class '1'"),
+    ]:
+        train.write_text(content)
+        fails(capsys, 3, message, *command)
+    train.write_text(good)
+    test.write_text("text,label\na,1\nb,5\n")
+    fails(capsys, 3, "test.csv, line 3: class '5' has no row in", *command)
+    test.unlink()
+    fails(capsys, 3, "there is no file", *command)
+    assert not (tmp_path / "o" / "results.csv").exists()
+
+
+def test_augment_without_aug_csv_says_what_it_reads(
+    tiny: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(data, tiny, tmp_path / "o", "--method", "augment")
+    fails(capsys, 3, "aug.csv', which does not exist", *command)
+
+
+def test_an_unknown_model_path_is_one_sentence_and_exit_code_3(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(data, tmp_path / "no-model", tmp_path / "o")
+    fails(capsys, 3, f"there is no model folder '{tmp_path / 'no-model'}'", *command)
+    fails(capsys, 3, "there is no model folder 'bert-base-uncased'", *command[:5])
+
+
+def test_a_bad_setting_is_one_sentence_and_exit_code_2(
+    tiny: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(data, tiny, tmp_path / "o")
+    fails(capsys, 2, "method is 'both'", *command, "--method", "both")
+    fails(capsys, 2, "device is 'cuda:77'", *command, "--device", "cuda:77")
+    fails(capsys, 2, "batch_size is 0", *command, "--batch-size", "0")
+    blocked = tmp_path / "file"
+    blocked.touch()
+    fails(capsys, 2, "cannot write into", *arguments(data, tiny, blocked))
+    with pytest.raises(SystemExit) as caught:
+        main([*command, "--seeds", "7;8"])
+    assert caught.value.code == 2
+    assert "invalid list of ints value: '7;8'" in capsys.readouterr().err
+
+
+def test_a_run_that_diverges_stops_with_exit_code_7(
+    tiny: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = arguments(data, tiny, tmp_path / "o", "--ldam-s", "1e38", "--precision", "fp32")
+    fails(capsys, 7, "stage 1, step 1: the loss or the gradient is not finite", *command)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_keeps_the_seeds_that_were_finished(
+    tiny: Path, data: Path, tmp_path: Path, number: int, code: int
+) -> None:
+    output = tmp_path / "o"
+    seeds = ",".join(map(str, range(5_000)))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "twostage", *arguments(data, tiny, output, "--seeds", seeds)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not (output / "ave_sst.csv").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "Traceback" not in error
+    assert "of 5000 seeds were finished; they are in" in error
+    assert len(pd.read_csv(output / "results.csv")) >= 1
+
+
+def test_downsample_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [(f"text {i}", i % 2) for i in range(40)]
+    for name in ("train.tsv", "dev.tsv"):
+        write_table(tmp_path / "in" / name, ("sentence", "label"), rows)
+    command = ["downsample", "-i", str(tmp_path / "in"), "-o", str(tmp_path / "out")]
+    assert main([*command, "--rates", "0.1,0.5"]) == 0
+    assert "20 positive, 2 negative" in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"0.1", "0.5"}
+    assert main(command) == 0
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {f"0.{i}" for i in range(1, 8)}
+    command[2] = str(tmp_path / "absent")
+    fails(capsys, 3, "there is no file", *command)
+
+
+def test_help_of_every_command_has_an_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("demo", "fetch", "downsample", "train"):
+        with pytest.raises(SystemExit) as caught:
+            main([command, "--help"])
+        assert caught.value.code == 0
+        assert f"example: twostage {command}" in capsys.readouterr().out
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys, contextlib, io, twostage.cli\n"
+        "with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):\n"
+        "    twostage.cli.main(['--help'])\n"
+        "print('torch' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout == "False\n"

@@ -1,0 +1,57 @@
+"""The demo's way from data to tables and figure, on a model and data small enough for a test."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from twostage import demo
+from twostage.data.tables import read_table, write_table
+
+
+@pytest.fixture
+def small(demo_folder: Path, tiny: Path, tmp_path: Path) -> Path:
+    folder = tmp_path / "demo"
+    for name in ("train.tsv", "dev.tsv"):
+        table = read_table(demo_folder / name)
+        rows = list(zip(table.texts, table.labels, strict=True))[:300]
+        write_table(folder / name, ("sentence", "label"), rows)
+    shutil.copytree(tiny, folder / "model")
+    for name in ("tokenizer_config.json", "vocab.txt"):
+        shutil.copy(demo_folder / "model" / name, folder / "model")
+    return folder
+
+
+def test_three_runs_side_by_side_with_matrices_and_a_figure(small: Path) -> None:
+    said: list[str] = []
+    results = demo.run_demo(small, rate=0.2, seed=3, say=said.append)
+    assert list(results) == ["vanilla", "vanilla, 2 epochs", "two-stage"]
+    text = "\n".join(said)
+    for name, result in results.items():
+        scores = result.seeds[0].metrics
+        row = next(line for line in text.splitlines() if line.startswith(name + "  "))
+        assert f"{scores.f1_C[0]:.3f}" in row
+        for count in scores.confusion_CC.flatten():
+            assert str(count) in text
+        assert scores.confusion_CC.sum() == 300
+        folder = small / "results" / name.replace(", ", "-").replace(" ", "-")
+        assert (folder / "results.csv").is_file()
+    assert "tail F1 ('0')" in text
+    assert "* micro-F1 is the accuracy" in text
+    assert imread(small / "results" / "demo.png").std() > 0.05
+
+
+def test_without_matplotlib_the_demo_ends_well_and_says_how_to_get_a_figure(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "find_spec", lambda name: None)
+    said: list[str] = []
+    demo.run_demo(small, rate=0.2, seed=3, say=said.append)
+    assert "pip install matplotlib" in "\n".join(said)
+    assert not (small / "results" / "demo.png").exists()
+
+
+def test_the_three_runs_differ_only_in_method_and_epochs() -> None:
+    assert demo.DEMO_RECIPE.learning_rate_stage_1 == 5e-4
+    assert demo.DEMO_RECIPE.learning_rate_stage_2 == 5e-5

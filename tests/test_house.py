@@ -1,0 +1,119 @@
+"""The structure of the package, held by reading its imports."""
+
+import ast
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+import twostage
+import twostage.kernels
+
+PACKAGE = Path(twostage.__file__).parent
+KERNELS = Path(twostage.kernels.__file__).parent
+SOURCES = sorted({*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")})
+
+# Each room may import the rooms after it, and itself. `errors` and `progress` are open to all.
+ORDER = ["cli", "demo", "experiment", "two_stage", "training", "model|data", "kernels"]
+SIDE_ROOMS = {"assets": {"cli", "demo"}}
+OPEN = {"errors", "progress"}
+
+
+def room_of(path: Path) -> str:
+    if path.is_relative_to(KERNELS):
+        return "kernels"
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports_of(path: Path) -> list[tuple[str, bool]]:
+    """(absolute module name, whether it is imported at the top of the module)."""
+    if path.is_relative_to(KERNELS):
+        package = ["twostage", "kernels"]
+    else:
+        package = ["twostage", *path.relative_to(PACKAGE).parent.parts]
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    top = {id(node) for node in tree.body}
+    found: list[tuple[str, bool]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [(alias.name, id(node) in top) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            names = [node.module] if node.module else [alias.name for alias in node.names]
+            found += [(".".join([*base, name]), id(node) in top) for name in names]
+    return found
+
+
+def rank(room: str) -> int:
+    return next(i for i, names in enumerate(ORDER) if room in names.split("|"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_imports_run_downwards_only(path: Path) -> None:
+    room = room_of(path)
+    if room in ("__init__", "__main__"):
+        return  # doors to the whole house
+    for module, _ in imports_of(path):
+        if not module.startswith("twostage."):
+            continue
+        target = module.split(".")[1]
+        if target in OPEN or target == room:
+            continue
+        if room in OPEN:
+            pytest.fail(f"{path} imports {module}: rooms open to all stand at the bottom")
+        if target in SIDE_ROOMS:
+            assert room in SIDE_ROOMS[target], f"{path} imports {module}"
+            continue
+        if room in SIDE_ROOMS:
+            assert target == "data", f"{path} imports {module}"
+            continue
+        if room in ("model", "data"):
+            assert target == "kernels", f"{path} imports {module}"
+        assert rank(target) > rank(room), f"{path} imports {module}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")
+def test_only_the_five_packages_are_needed(path: Path) -> None:
+    allowed = {"twostage", "torch", "tokenizers", "safetensors", "numpy", "httpx"}
+    inside_functions = {"tqdm", "huggingface_hub", "matplotlib"}
+    for module, at_top in imports_of(path):
+        name = module.split(".")[0]
+        if name in sys.stdlib_module_names or name in allowed:
+            continue
+        assert name in inside_functions, f"{path} imports {module}"
+        assert not at_top, f"{path} imports {module} at the top of the module"
+
+
+def test_kernels_import_torch_alone() -> None:
+    for path in KERNELS.rglob("*.py"):
+        for module, _ in imports_of(path):
+            name = module.split(".")[0]
+            assert name in {"torch", "triton"} | sys.stdlib_module_names or module.startswith(
+                "twostage.kernels"
+            ), f"{path} imports {module}"
+
+
+def test_the_bare_name_kernels_is_not_ours() -> None:
+    assert find_spec("kernels") is None
+
+
+def test_import_twostage_loads_nothing_heavy_and_the_parts_load_without_each_other() -> None:
+    def modules_after(statement: str) -> set[str]:
+        code = f"import sys\n{statement}\nprint(*{{m.split('.')[0] for m in sys.modules}})"
+        out = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        )
+        return set(out.stdout.split())
+
+    heavy = {"tokenizers", "safetensors", "httpx", "huggingface_hub", "matplotlib"}
+    assert not modules_after("import twostage") & (heavy | {"torch", "tqdm"})
+    for part in ("twostage.model.bert", "twostage.training.losses", "twostage.kernels.attention"):
+        assert not modules_after(f"import {part}") & heavy
+
+
+def test_the_part_that_people_come_to_read_stays_short() -> None:
+    read = [PACKAGE / "two_stage.py", *(PACKAGE / "model").glob("*.py")]
+    read += (PACKAGE / "training").glob("*.py")
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in read) < 1_700

@@ -1,0 +1,34 @@
+"""Logits of a data set, in its order."""
+
+import torch
+
+from twostage.data.packing import TokenStore, pack
+from twostage.model.checkpoint import Checkpoint, build_model
+from twostage.training.evaluation import predict_logits
+
+
+def test_logits_come_in_the_order_of_the_data_whatever_the_batches(
+    tiny_checkpoint: Checkpoint,
+) -> None:
+    model = build_model(tiny_checkpoint, 3, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 33, (40,), generator=generator)
+    ids = torch.randint(1, 101, (int(lengths.sum()),), generator=generator).int()
+    store = TokenStore(ids, torch.cat([torch.zeros(1).long(), lengths.cumsum(0)]))
+    with torch.no_grad():
+        one_by_one = torch.cat(
+            [model(**pack(store, torch.tensor([i])).inputs()) for i in range(40)]
+        )
+    for max_tokens in (1, 50, 8_192):
+        logits_NC = predict_logits(model, store, max_tokens=max_tokens)
+        torch.testing.assert_close(logits_NC, one_by_one, rtol=1e-4, atol=1e-5)
+    rounded_NC = predict_logits(model, store, dtype=torch.bfloat16)
+    assert rounded_NC.dtype == torch.float32
+    assert (rounded_NC - one_by_one).norm() < 0.03 * one_by_one.norm()
+    assert all(not p.dtype.is_complex and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_an_empty_data_set_has_no_logits(tiny_checkpoint: Checkpoint) -> None:
+    model = build_model(tiny_checkpoint, 3, torch.Generator())
+    empty = TokenStore(torch.zeros(0, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
+    assert predict_logits(model, empty).shape == (0, 3)

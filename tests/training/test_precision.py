@@ -1,0 +1,102 @@
+"""The working copy and its masters."""
+
+import pytest
+import torch
+
+from twostage.errors import UsageError
+from twostage.model.bert import BertClassifier
+from twostage.model.checkpoint import Checkpoint, build_model
+from twostage.training.precision import WorkingCopy, choose_device, choose_precision
+
+
+@pytest.fixture
+def model(tiny_checkpoint: Checkpoint) -> BertClassifier:
+    return build_model(tiny_checkpoint, 2, torch.Generator().manual_seed(0))
+
+
+def run(model: BertClassifier) -> torch.Tensor:
+    ids = torch.arange(1, 9)
+    return model(ids, torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]), torch.tensor([0, 4, 8]))
+
+
+def test_in_fp32_the_working_copy_is_the_model(model: BertClassifier) -> None:
+    assert WorkingCopy(model, torch.float32).model is model
+
+
+def test_in_bf16_everything_but_the_embeddings_is_rounded_and_the_masters_stay(
+    model: BertClassifier,
+) -> None:
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    work = WorkingCopy(model, torch.bfloat16)
+    for name, copied in work.model.named_parameters():
+        if name.startswith("bert.embeddings."):
+            assert copied is model.get_parameter(name)
+        else:
+            assert torch.equal(copied, before[name].bfloat16())
+    assert run(work.model).dtype == torch.bfloat16
+    for name, master in model.named_parameters():
+        assert torch.equal(master, before[name])
+
+
+def test_gradients_reach_the_masters_in_fp32_and_new_weights_the_copy(
+    model: BertClassifier,
+) -> None:
+    work = WorkingCopy(model, torch.bfloat16)
+    run(work.model).float().square().sum().backward()
+    gradients = work.pull_gradients()
+    assert len(gradients) == len(list(model.parameters()))
+    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    with torch.no_grad():
+        for master in work.masters:
+            master -= 1e-3 * master.grad
+    work.push_weights()
+    for (name, master), copied in zip(
+        model.named_parameters(), work.model.parameters(), strict=True
+    ):
+        assert torch.equal(copied, master.to(copied.dtype)), name
+    work.drop_gradients()
+    assert all(p.grad is None for p in [*model.parameters(), *work.model.parameters()])
+
+
+def test_updates_below_bf16_resolution_add_up_in_the_masters(model: BertClassifier) -> None:
+    work = WorkingCopy(model, torch.bfloat16)
+    master, copied = model.classifier[2].bias, work.model.classifier[2].bias
+    with torch.no_grad():
+        master.fill_(1.0)
+        for _ in range(100):
+            master += 1e-4  # bf16 cannot represent 1.0001: one at a time, all would be lost
+            work.push_weights()
+    assert copied.float().mean().item() == pytest.approx(1.01, abs=0.004)
+    assert copied[0] != 1.0
+
+
+def test_bf16_logits_stay_close_to_fp32(model: BertClassifier) -> None:
+    exact, rounded = run(model), run(WorkingCopy(model, torch.bfloat16).model)
+    assert (rounded.float() - exact).norm() < 0.03 * exact.norm()
+
+
+def test_frozen_parameters_have_no_master(model: BertClassifier) -> None:
+    model.requires_grad_(False)
+    model.classifier.requires_grad_(True)
+    work = WorkingCopy(model, torch.bfloat16)
+    assert len(work.masters) == 4
+    run(work.model).float().sum().backward()
+    assert all(p.grad is None for p in work.model.bert.parameters())
+
+
+def test_device_names() -> None:
+    assert choose_device("cpu") == torch.device("cpu")
+    assert choose_device("auto").type in ("cpu", "cuda")
+    for name in ("tpu", "gpu:0", "cuda:99", "meta", ""):
+        with pytest.raises(UsageError, match=f"device is '{name}'"):
+            choose_device(name)
+
+
+def test_precision_names() -> None:
+    cpu = torch.device("cpu")
+    assert choose_precision("fp32", cpu) == torch.float32
+    assert choose_precision("bf16", cpu) == torch.bfloat16
+    native = torch.cpu.get_capabilities().get("avx512_bf16", False)
+    assert choose_precision("auto", cpu) == (torch.bfloat16 if native else torch.float32)
+    with pytest.raises(UsageError, match="'int8'"):
+        choose_precision("int8", cpu)

@@ -1,0 +1,194 @@
+"""The loop: what it trains, that it can be left and re-entered, and when it stops."""
+
+import copy
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from twostage.data.packing import TokenStore
+from twostage.errors import NonFiniteError
+from twostage.model.checkpoint import Checkpoint, build_model
+from twostage.training import stage as stage_module
+from twostage.training.losses import cross_entropy
+from twostage.training.stage import StageData, StageSettings, StepReport, train_stage
+from twostage.training.state import TrainingState
+from twostage.two_stage import freeze_below_top
+
+SETTINGS = StageSettings(epochs=2, learning_rate=1e-3, batch_size=8)
+
+
+def make_state(checkpoint: Checkpoint) -> TrainingState:
+    state = TrainingState(7, build_model(checkpoint, 2, torch.Generator().manual_seed(0)))
+    state.begin_stage(2)
+    return state
+
+
+@pytest.fixture
+def data() -> StageData:
+    """50 texts; the label is whether the text holds token 50."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(2, 20, (50,), generator=generator)
+    ids = torch.randint(1, 50, (int(lengths.sum()),), generator=generator).int()
+    offsets = torch.cat([torch.zeros(1).long(), lengths.cumsum(0)])
+    labels_N = np.arange(50) % 2
+    ids[offsets[:-1][torch.from_numpy(labels_N == 1)] + 1] = 50
+    return StageData(TokenStore(ids, offsets), labels_N)
+
+
+def weights(state: TrainingState) -> list[torch.Tensor]:
+    return [p.detach().clone() for p in state.model.parameters()]
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sampler", ["random", "class-balanced", "token-budget"])
+def test_a_stage_left_after_any_step_ends_bit_for_bit_like_one_that_was_not(
+    tiny_checkpoint: Checkpoint,
+    data: StageData,
+    monkeypatch: pytest.MonkeyPatch,
+    sampler: str,
+    dtype: torch.dtype,
+) -> None:
+    monkeypatch.setattr(stage_module, "REPORT_EVERY", 1)
+    settings = replace(SETTINGS, sampler=sampler, dtype=dtype)
+    whole = make_state(tiny_checkpoint)
+    train_stage(whole, data, cross_entropy, settings)
+    assert whole.step == 14 or sampler == "token-budget"
+
+    for last_step in (1, 7, 9):  # in the first epoch, at its end, in the second
+
+        def stop(report: StepReport, at: int = last_step) -> None:
+            if report.step == at:
+                raise Stop
+
+        state = make_state(tiny_checkpoint)
+        with pytest.raises(Stop):
+            train_stage(state, data, cross_entropy, settings, on_report=stop)
+        assert state.step == last_step
+        later = copy.deepcopy(state)
+        torch.randn(3)  # the process-wide generator plays no part
+        train_stage(later, data, cross_entropy, settings)
+        assert later.step == whole.step
+        for ours, expected in zip(weights(later), weights(whole), strict=True):
+            assert torch.equal(ours, expected)
+
+
+def test_training_learns_and_reports(tiny_checkpoint: Checkpoint, data: StageData) -> None:
+    reports: list[StepReport] = []
+    state = make_state(tiny_checkpoint)
+    train_stage(
+        state,
+        data,
+        cross_entropy,
+        replace(SETTINGS, epochs=20, learning_rate=5e-3),
+        on_report=reports.append,
+    )
+    assert reports[-1].step == reports[-1].total_steps == state.step == 140
+    assert [r.step for r in reports] == list(range(10, 141, 10))
+    assert reports[-1].loss < 0.3 < reports[0].loss
+    assert reports[0].learning_rate == pytest.approx(5e-3 * (1 - 9 / 140))
+    assert all(r.examples_per_second > 0 and r.grad_norm > 0 for r in reports)
+
+
+def test_frozen_parameters_do_not_move_and_the_others_do(
+    tiny_checkpoint: Checkpoint, data: StageData
+) -> None:
+    state = make_state(tiny_checkpoint)
+    freeze_below_top(state.model, 1)
+    before = {name: p.detach().clone() for name, p in state.model.named_parameters()}
+    train_stage(state, data, cross_entropy, SETTINGS)
+    for name, p in state.model.named_parameters():
+        trained = name.startswith(("bert.layers.2.", "bert.pooler.", "classifier."))
+        assert p.requires_grad == trained
+        assert torch.equal(p, before[name]) != trained, name
+        assert p.grad is None
+
+
+def test_frozen_layers_keep_no_activations_for_backward(
+    tiny_checkpoint: Checkpoint, data: StageData
+) -> None:
+    saved: dict[bool, int] = {}
+    for frozen in (False, True):
+        state = make_state(tiny_checkpoint)
+        if frozen:
+            freeze_below_top(state.model, 1)
+        sizes: list[int] = []
+
+        def pack_hook(tensor: torch.Tensor, sizes: list[int] = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda tensor: tensor):
+            train_stage(state, data, cross_entropy, replace(SETTINGS, epochs=1))
+        saved[frozen] = sum(sizes)
+    assert saved[True] < 0.5 * saved[False]  # one layer of three
+
+
+def test_the_schedule_can_end_before_the_stage(
+    tiny_checkpoint: Checkpoint, data: StageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_module, "REPORT_EVERY", 1)
+    rates: list[float] = []
+    train_stage(
+        make_state(tiny_checkpoint),
+        data,
+        cross_entropy,
+        replace(SETTINGS, schedule_steps=5),
+        on_report=lambda report: rates.append(report.learning_rate),
+    )
+    assert rates == pytest.approx([1e-3 * f for f in (1, 0.8, 0.6, 0.4, 0.2)] + [0] * 9)
+
+
+@pytest.mark.parametrize("check_every", [1, 10])
+def test_a_non_finite_loss_stops_before_the_weights_change_and_names_the_rows(
+    tiny_checkpoint: Checkpoint,
+    data: StageData,
+    monkeypatch: pytest.MonkeyPatch,
+    check_every: int,
+) -> None:
+    """check_every 10 is how a GPU runs: the step is undone on the device, the host looks later."""
+    calls = 0
+
+    def loss_function(logits_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return cross_entropy(logits_BC, labels_B) * (float("nan") if calls == 4 else 1.0)
+
+    original = stage_module._Monitor.__init__
+
+    def patched(self: stage_module._Monitor, *args: object) -> None:
+        original(self, *args)
+        self.check_every = check_every
+
+    monkeypatch.setattr(stage_module._Monitor, "__init__", patched)
+    state = make_state(tiny_checkpoint)
+    with pytest.raises(NonFiniteError, match=r"seed 7, stage 2, step 4: .*training rows") as caught:
+        train_stage(state, data, loss_function, SETTINGS)
+    assert calls == (4 if check_every == 1 else 10)
+
+    rows = stage_module.epoch_batches("random", data.labels_N, np.zeros(50), 8, (7, 2), 0)[3]
+    assert f"(training rows {', '.join(map(str, rows))}, from 0)" in str(caught.value)
+
+    monkeypatch.setattr(stage_module, "REPORT_EVERY", 1)
+    expected = make_state(tiny_checkpoint)
+
+    def stop(report: StepReport) -> None:
+        if report.step == 3:
+            raise Stop
+
+    with pytest.raises(Stop):
+        train_stage(expected, data, cross_entropy, SETTINGS, on_report=stop)
+    for ours, before in zip(weights(state), weights(expected), strict=True):
+        assert torch.equal(ours, before)
+
+
+def test_no_epochs_is_no_training(tiny_checkpoint: Checkpoint, data: StageData) -> None:
+    state = make_state(tiny_checkpoint)
+    before = weights(state)
+    train_stage(state, data, cross_entropy, replace(SETTINGS, epochs=0))
+    assert all(torch.equal(a, b) for a, b in zip(weights(state), before, strict=True))
