@@ -21,7 +21,8 @@ from twostage.assets import fetch_demo
 from twostage.data.downsampling import downsample_folder
 from twostage.demo import DEMO_RECIPE
 from twostage.experiment import run_experiment
-from twostage.two_stage import Recipe, Result
+from twostage.recipe import Recipe
+from twostage.two_stage import Result
 
 RESULTS = Path(__file__).parent / "results"
 RUNS = {

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from safetensors.torch import load_file, save_file
 
 from twostage.cli import main
 from twostage.data.tables import write_table
@@ -55,8 +56,8 @@ def test_train_writes_results_as_published_and_prints_the_tail_first(
     assert (output / "results.csv").read_text().startswith(",Seed,F1,F1_0,F1_1\n0,7,")
 
     header = next(line for line in printed.splitlines() if "micro-F1*" in line)
-    assert header.split("  ")[-5].strip() == "tail F1 ('0')" or "tail F1 ('0')" in header
     assert header.index("tail F1 ('0')") < header.index("macro-F1") < header.index("micro-F1*")
+    assert "16 training rows ('0': 4, '1': 12), 4 test rows; reweight, 1 + 1 epochs" in printed
     assert "class '0' has 4 of 16 training rows" in printed
     assert "* micro-F1 is the accuracy" in printed
     assert "mean" in printed
@@ -81,6 +82,20 @@ def test_train_writes_results_as_published_and_prints_the_tail_first(
     assert not list(output.glob("*.partial"))
     # a saved model can be trained further
     assert main(arguments(data, saved, tmp_path / "again", "--seeds", "1", "-e", "0")) == 0
+
+
+def test_notes_on_the_model_are_sentences_too(
+    tiny: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stored = load_file(tiny / "model.safetensors")
+    kept = {name: tensor for name, tensor in stored.items() if "pooler" not in name}
+    save_file(kept, tiny / "model.safetensors")
+    assert main(arguments(data, tiny, tmp_path / "o", "--seeds", "1")) == 0
+    error = capsys.readouterr().err
+    assert error == (
+        f"twostage: note: {tiny / 'model.safetensors'} has no pooler: "
+        "it starts from random weights\n"
+    )
 
 
 def test_every_published_short_flag_and_method_runs(tiny: Path, data: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ KERNELS = Path(twostage.kernels.__file__).parent
 SOURCES = sorted({*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")})
 
 # Each room may import the rooms after it, and itself. `errors` and `progress` are open to all.
-ORDER = ["cli", "demo", "experiment", "two_stage", "training", "model|data", "kernels"]
+ORDER = ["cli", "demo", "experiment", "two_stage", "recipe", "training", "model|data", "kernels"]
 SIDE_ROOMS = {"assets": {"cli", "demo"}}
 OPEN = {"errors", "progress"}
 

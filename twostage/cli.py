@@ -7,11 +7,13 @@ numbers; 130 Ctrl-C; 143 SIGTERM.
 import argparse
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import TextIO
 
-from .errors import TwoStageError
+from .errors import TwoStageError, TwoStageWarning
 
 
 class _Terminated(KeyboardInterrupt):
@@ -27,7 +29,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
         options = _make_parser().parse_args(arguments)
-        options.run(options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default", TwoStageWarning)
+            warnings.showwarning = _show_warning
+            options.run(options)
         return 0
     except TwoStageError as error:
         print(f"twostage: error: {error}", file=sys.stderr)
@@ -37,6 +42,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 143 if isinstance(interrupt, _Terminated) else 130
     finally:
         signal.signal(signal.SIGTERM, previous)
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Ours as a sentence; the place in the code helps only with other people's."""
+    if issubclass(category, TwoStageWarning):
+        print(f"twostage: note: {message}", file=sys.stderr)
+    else:
+        print(warnings.formatwarning(message, category, filename, lineno), file=sys.stderr, end="")
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -207,7 +227,7 @@ def _train(options: argparse.Namespace) -> None:
     import torch
 
     from .experiment import format_results, run_experiment
-    from .two_stage import Recipe
+    from .recipe import Recipe
 
     if options.threads is not None:
         torch.set_num_threads(max(1, options.threads))

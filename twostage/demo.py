@@ -13,7 +13,8 @@ from pathlib import Path
 from .assets import fetch_demo
 from .data.downsampling import downsample_folder
 from .experiment import format_table, run_experiment
-from .two_stage import Recipe, Result
+from .recipe import Recipe
+from .two_stage import Result
 
 # MiniLM is small and wants larger steps than BERT-base, for which the recipe's rates are made.
 DEMO_RECIPE = Recipe(learning_rate_stage_1=5e-4, learning_rate_stage_2=5e-5)

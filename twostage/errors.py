@@ -10,6 +10,10 @@ class TwoStageError(Exception):
     exit_code = 1
 
 
+class TwoStageWarning(UserWarning):
+    """Something that a user should know and that does not stop the run."""
+
+
 class UsageError(TwoStageError):
     """A setting that cannot be used: a flag of the command line or a field of a config."""
 

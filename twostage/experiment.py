@@ -16,14 +16,17 @@ from dataclasses import astuple, fields
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from .data.tables import Table, read_table, write_table
+from .data.tables import Table, find_classes, read_table, write_table
 from .data.tokenization import load_tokenizer
 from .errors import DataError, UsageError
 from .model.bert import BertClassifier
 from .model.checkpoint import save_classifier
+from .recipe import Recipe
+from .training.precision import choose_device, choose_precision
 from .training.stage import StepReport
-from .two_stage import Recipe, Result, train_two_stage
+from .two_stage import Result, train_two_stage
 
 
 def run_experiment(
@@ -41,6 +44,7 @@ def run_experiment(
     say: receives a line for each thing that a user should know.
     """
     train, test, augmented = _read_data(data_path, recipe)
+    say(describe_run(train, test, augmented, recipe))
     try:
         output_path.mkdir(parents=True, exist_ok=True)
         log_file = (output_path / "log.csv").open("w", encoding="utf-8", newline="", buffering=1)
@@ -56,8 +60,6 @@ def run_experiment(
             names = list(result.classes.names)
             _save_model(trained, model, names, output_path / f"seed-{result.seeds[-1].seed}")
         finished += 1
-        for warning in result.warnings if finished == 1 else ():
-            say(f"note: {warning}")
         say(describe_seed(result, -1))
 
     with log_file:
@@ -80,6 +82,22 @@ def run_experiment(
                 f"stopped: {finished} of {len(recipe.seeds)} seeds were finished{kept}",
             )
             raise
+
+
+def describe_run(train: Table, test: Table, augmented: Table | None, recipe: Recipe) -> str:
+    """One line on what is about to happen."""
+    classes = find_classes(train)
+    counts = np.bincount(classes.encode(train)).tolist()
+    shown = ", ".join(f"'{c}': {n}" for c, n in zip(classes.names, counts, strict=True))
+    rows = f"{len(train)} training rows ({shown})" if len(classes) <= 8 else f"{len(train)} rows"
+    rows += f", {len(augmented)} augmented" if augmented else ""
+    device = choose_device(recipe.device)
+    precision = "bf16" if choose_precision(recipe.precision, device) == torch.bfloat16 else "fp32"
+    stages = f"{recipe.epochs_stage_1 if recipe.has_stage_1 else 0} + {recipe.epochs_stage_2}"
+    return (
+        f"{rows}, {len(test)} test rows; {recipe.method}, {stages} epochs, "
+        f"{precision} on {device}, {len(recipe.seeds)} seed{'s' * (len(recipe.seeds) > 1)}"
+    )
 
 
 def write_results(result: Result, folder: Path) -> None:

@@ -19,96 +19,30 @@ Class-Imbalanced Data" (arXiv 2207.10858). With ChatGPT augmentation: Neurocompu
 2024.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 
 import numpy as np
 import torch
 
-from .data.samplers import SAMPLERS
 from .data.tables import Classes, Table, find_classes
 from .data.tokenization import load_tokenizer, tokenize
-from .errors import DataError, ModelError, UsageError
-from .model.bert import BertClassifier, BertConfig
+from .errors import DataError
+from .model.bert import BertClassifier
 from .model.checkpoint import Checkpoint, build_model, load_checkpoint
+from .recipe import Recipe
 from .training.evaluation import predict_logits
-from .training.losses import CLASS_WEIGHTS, LOSSES, make_loss
+from .training.losses import cross_entropy
 from .training.metrics import Metrics, compute_metrics
-from .training.precision import PRECISIONS, choose_device, choose_precision
-from .training.stage import StageData, StageSettings, StepReport, train_stage
+from .training.precision import choose_device, choose_precision
+from .training.stage import StageData, StepReport, train_stage
 from .training.state import HEAD_STREAM, TrainingState, derive_seed
 
-METHODS = ("reweight", "augment", "vanilla")
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """Every choice of a run. The defaults are the published ones."""
-
-    method: str = "reweight"
-    """`reweight`, `augment` (stage 1 on augmented data) or `vanilla` (stage 2 alone)."""
-    epochs_stage_1: int = 1
-    """0 is vanilla fine-tuning."""
-    epochs_stage_2: int = 1
-    seeds: tuple[int, ...] = (7, 42, 106, 190, 191)
-    """Each seed starts again from the pretrained weights."""
-    batch_size: int = 16
-    max_length: int = 128
-    """Tokens at which a text is cut, [CLS] and [SEP] included."""
-    learning_rate_stage_1: float = 1e-4
-    learning_rate_stage_2: float = 1e-5
-    stage_1_layers: int = 1
-    """Encoder layers, from the top, that stage 1 trains with the pooler and the head."""
-    loss: str | None = None
-    """Of stage 1: `ldam` or `ce`. None: `ce` for `augment`, else `ldam`."""
-    class_weights: str | None = None
-    """Of stage 1: `effective`, `inverse`, `inverse-sqrt`, `none`. None: `none` for `augment`, else
-    `effective`."""
-    ldam_s: float = 1.0
-    ldam_max_m: float = 0.5
-    sampler: str = "random"
-    """`random` or `token-budget`: both stages. `class-balanced`: stage 1, or, without one, stage 2;
-    after a stage 1, stage 2 is random, since it is to see the data as they are."""
-    precision: str = "auto"
-    """`fp32`, `bf16`, or `auto`: bf16 where the device multiplies it natively."""
-    device: str = "auto"
-    """`cpu`, `cuda`, `cuda:n`, or `auto`: a GPU if there is one."""
-    upstream_schedule: bool = False
-    """Count the steps of augmented stage 1 as the published code does, from the imbalanced data:
-    the learning rate is then 0 for the rest of the stage."""
-
-    def __post_init__(self) -> None:
-        _check_choice("method", self.method, METHODS)
-        _check_choice("sampler", self.sampler, SAMPLERS)
-        _check_choice("precision", self.precision, PRECISIONS)
-        if self.loss is not None:
-            _check_choice("loss", self.loss, LOSSES)
-        if self.class_weights is not None:
-            _check_choice("class_weights", self.class_weights, CLASS_WEIGHTS)
-        for name, least in (
-            ("epochs_stage_1", 0),
-            ("epochs_stage_2", 0),
-            ("batch_size", 1),
-            ("max_length", 2),
-            ("stage_1_layers", 0),
-        ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
-                raise UsageError(f"{name} is {value!r}; expected a whole number, {least} or more")
-        for name in ("learning_rate_stage_1", "learning_rate_stage_2", "ldam_s"):
-            value = getattr(self, name)
-            if not 0 < value < float("inf"):
-                raise UsageError(f"{name} is {value!r}; expected a number above 0")
-        if not 0 <= self.ldam_max_m < float("inf"):
-            raise UsageError(f"ldam_max_m is {self.ldam_max_m!r}; expected a number, 0 or more")
-        if not self.seeds or any(seed < 0 for seed in self.seeds):
-            raise UsageError(f"seeds are {self.seeds!r}; expected one or more whole numbers from 0")
-
-    @property
-    def has_stage_1(self) -> bool:
-        return self.method != "vanilla" and self.epochs_stage_1 > 0
+LabelledTexts = Table | tuple[Sequence[str], Sequence[str | int]]
+"""A Table, or (texts, labels)."""
 
 
 @dataclass(frozen=True)
@@ -131,8 +65,7 @@ class Result:
     classes: Classes
     class_counts_C: tuple[int, ...]
     """Training rows of each class."""
-    seeds: tuple[SeedResult, ...]
-    warnings: tuple[str, ...] = ()
+    seeds: tuple[SeedResult, ...] = ()
 
     @property
     def tail_class(self) -> int:
@@ -145,22 +78,72 @@ class Datasets:
     """The tokenised data of a run."""
 
     train: StageData
+    """Imbalanced: stage 2's."""
+    stage_1: StageData
+    """`train` itself (`reweight`) or the augmented data (`augment`)."""
     test: StageData
-    augmented: StageData | None
+    num_classes: int
+
+
+def train_one_seed(
+    checkpoint: Checkpoint,
+    data: Datasets,
+    recipe: Recipe,
+    seed: int,
+    device: torch.device,
+    on_report: Callable[[StepReport], None] | None = None,
+    show_progress: bool = False,
+) -> tuple[BertClassifier, SeedResult]:
+    """THE ALGORITHM for one seed. Returns the trained model and its scores on the test data."""
+    began = perf_counter()
+    dtype = choose_precision(recipe.precision, device)
+    train = partial(train_stage, on_report=on_report, show_progress=show_progress)
+
+    generator = torch.Generator().manual_seed(derive_seed(HEAD_STREAM, seed))
+    model = build_model(checkpoint, data.num_classes, generator).to(device)
+    state = TrainingState(seed, model)
+
+    if recipe.has_stage_1:
+        freeze_below_top(model, recipe.stage_1_layers)
+        state.begin_stage(1)
+        loss = recipe.stage_1_loss(data.stage_1.class_counts(data.num_classes), device)
+        train(state, data.stage_1, loss, recipe.stage_1_settings(dtype, len(data.train)))
+
+    unfreeze(model)
+    state.begin_stage(2)
+    train(state, data.train, cross_entropy, recipe.stage_2_settings(dtype))
+
+    logits_NC = predict_logits(model, data.test.store, dtype=dtype, show_progress=show_progress)
+    predictions_N = logits_NC.argmax(dim=1).numpy()
+    metrics = compute_metrics(data.test.labels_N, predictions_N, data.num_classes)
+    return model, SeedResult(seed, metrics, logits_NC.numpy(), perf_counter() - began)
+
+
+def freeze_below_top(model: BertClassifier, num_layers: int) -> None:
+    """Leave only the last `num_layers` encoder layers, the pooler and the head to be trained."""
+    model.requires_grad_(False)
+    layers = list(model.bert.layers)
+    for module in (*layers[len(layers) - num_layers :], model.bert.pooler, model.classifier):
+        module.requires_grad_(True)
+
+
+def unfreeze(model: BertClassifier) -> None:
+    """Let everything be trained."""
+    model.requires_grad_(True)
 
 
 def train_two_stage(
     model: str | Path,
-    train: Table | tuple[list[str], list[str] | list[int]],
-    test: Table | tuple[list[str], list[str] | list[int]],
+    train: LabelledTexts,
+    test: LabelledTexts,
     recipe: Recipe | None = None,
     *,
-    augmented: Table | tuple[list[str], list[str] | list[int]] | None = None,
+    augmented: LabelledTexts | None = None,
     on_report: Callable[[StepReport], None] | None = None,
     on_seed_end: Callable[[Result, BertClassifier], None] | None = None,
     show_progress: bool = False,
 ) -> Result:
-    """Run the algorithm on data in memory; nothing is written and no global state is touched.
+    """Run every seed on data in memory; no file is written and no global state is touched.
 
     model: folder with `config.json`, `model.safetensors` and a tokenizer.
     train, test, augmented: a Table or (texts, labels); labels are integers or strings.
@@ -170,38 +153,34 @@ def train_two_stage(
     """
     recipe = recipe or Recipe()
     device = choose_device(recipe.device)
-    train, test = _as_table(train, "train"), _as_table(test, "test")
-    augmented = None if augmented is None else _as_table(augmented, "augmented")
-    if recipe.method == "augment" and recipe.has_stage_1 and augmented is None:
-        raise DataError("method 'augment' needs augmented data, and none was given")
-    classes = find_classes(train)
-    labels = {table.source: classes.encode(table) for table in (train, test, augmented) if table}
+    tables = [_as_table(train, "train data"), _as_table(test, "test data")]
+    if recipe.method == "augment" and recipe.has_stage_1:
+        if augmented is None:
+            raise DataError("method 'augment' needs augmented data, and none was given")
+        tables.append(_as_table(augmented, "augmented data"))
+    classes = find_classes(tables[0])
+    labels = [classes.encode(table) for table in tables]
 
     checkpoint = load_checkpoint(model)
     tokenizer = load_tokenizer(model)
-    _check_fit(recipe, checkpoint.config, tokenizer.get_vocab_size(), str(model))
-
-    def prepare(table: Table) -> StageData:
-        title = f"tokenizing {Path(table.source).name}"
-        store = tokenize(
+    recipe.check_fit(checkpoint.config, tokenizer.get_vocab_size(), str(model))
+    stores = [
+        tokenize(
             tokenizer,
             table.texts,
             recipe.max_length,
-            description=title,
+            description=f"tokenizing {Path(table.source).name}",
             show_progress=show_progress,
         )
-        return StageData(store, labels[table.source])
+        for table in tables
+    ]
+    train_data, test_data, *more = map(StageData, stores, labels)
+    data = Datasets(train_data, more[0] if more else train_data, test_data, len(classes))
 
-    data = Datasets(
-        prepare(train),
-        prepare(test),
-        prepare(augmented) if augmented and recipe.method == "augment" else None,
-    )
-    counts_C = tuple(np.bincount(data.train.labels_N, minlength=len(classes)).tolist())
-    result = Result(classes, counts_C, (), checkpoint.warnings)
+    result = Result(classes, tuple(train_data.class_counts(len(classes))))
     for seed in recipe.seeds:
         trained, seed_result = train_one_seed(
-            checkpoint, data, recipe, seed, len(classes), device, on_report, show_progress
+            checkpoint, data, recipe, seed, device, on_report, show_progress
         )
         result = replace(result, seeds=(*result.seeds, seed_result))
         if on_seed_end is not None:
@@ -209,112 +188,8 @@ def train_two_stage(
     return result
 
 
-def train_one_seed(
-    checkpoint: Checkpoint,
-    data: Datasets,
-    recipe: Recipe,
-    seed: int,
-    num_classes: int,
-    device: torch.device,
-    on_report: Callable[[StepReport], None] | None = None,
-    show_progress: bool = False,
-) -> tuple[BertClassifier, SeedResult]:
-    """Fresh pretrained weights → stage 1 → stage 2 → evaluation. Returns the model and scores."""
-    began = perf_counter()
-    dtype = choose_precision(recipe.precision, device)
-    generator = torch.Generator().manual_seed(derive_seed(HEAD_STREAM, seed))
-    model = build_model(checkpoint, num_classes, generator).to(device)
-    state = TrainingState(seed, model)
-
-    if recipe.has_stage_1:
-        state.begin_stage(1)
-        freeze_below_top(model, recipe.stage_1_layers)
-        stage_1_data = data.train if data.augmented is None else data.augmented
-        augmenting = recipe.method == "augment"
-        loss = make_loss(
-            recipe.loss or ("ce" if augmenting else "ldam"),
-            recipe.class_weights or ("none" if augmenting else "effective"),
-            np.bincount(stage_1_data.labels_N, minlength=num_classes).tolist(),
-            device,
-            ldam_s=recipe.ldam_s,
-            ldam_max_m=recipe.ldam_max_m,
-        )
-        settings = StageSettings(
-            epochs=recipe.epochs_stage_1,
-            learning_rate=recipe.learning_rate_stage_1,
-            batch_size=recipe.batch_size,
-            sampler=recipe.sampler,
-            dtype=dtype,
-            schedule_steps=upstream_steps(recipe, len(data.train)),
-        )
-        train_stage(
-            state, stage_1_data, loss, settings, on_report=on_report, show_progress=show_progress
-        )
-
-    state.begin_stage(2)
-    unfreeze(model)
-    balanced_before = recipe.has_stage_1 and recipe.sampler == "class-balanced"
-    settings = StageSettings(
-        epochs=recipe.epochs_stage_2,
-        learning_rate=recipe.learning_rate_stage_2,
-        batch_size=recipe.batch_size,
-        sampler="random" if balanced_before else recipe.sampler,
-        dtype=dtype,
-    )
-    loss = make_loss("ce", "none", [], device)
-    train_stage(state, data.train, loss, settings, on_report=on_report, show_progress=show_progress)
-
-    logits_NC = predict_logits(model, data.test.store, dtype=dtype, show_progress=show_progress)
-    metrics = compute_metrics(data.test.labels_N, logits_NC.numpy().argmax(axis=1), num_classes)
-    return model, SeedResult(seed, metrics, logits_NC.numpy(), perf_counter() - began)
-
-
-def freeze_below_top(model: BertClassifier, num_layers: int) -> None:
-    """Leave only the last `num_layers` encoder layers, the pooler and the head to be trained."""
-    model.requires_grad_(False)
-    encoder = model.bert
-    top = list(encoder.layers)[len(encoder.layers) - num_layers :]
-    for module in (*top, encoder.pooler, model.classifier):
-        module.requires_grad_(True)
-
-
-def unfreeze(model: BertClassifier) -> None:
-    """Let everything be trained."""
-    model.requires_grad_(True)
-
-
-def upstream_steps(recipe: Recipe, num_train: int) -> int | None:
-    """Stage 1's schedule length as the published code counts it; None: its own length."""
-    if not recipe.upstream_schedule:
-        return None
-    return recipe.epochs_stage_1 * -(-num_train // recipe.batch_size)
-
-
-def _as_table(data: Table | tuple[list[str], list[str] | list[int]], name: str) -> Table:
-    if isinstance(data, Table):
-        return data
-    texts, labels = data
-    return Table(texts, labels, f"{name} data")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UsageError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
-
-
-def _check_fit(recipe: Recipe, config: BertConfig, vocabulary: int, model: str) -> None:
-    if recipe.max_length > config.max_position_embeddings:
-        raise UsageError(
-            f"max_length is {recipe.max_length}, but '{model}' has "
-            f"{config.max_position_embeddings} positions"
-        )
-    if recipe.stage_1_layers > config.num_hidden_layers:
-        raise UsageError(
-            f"stage_1_layers is {recipe.stage_1_layers}, but '{model}' has "
-            f"{config.num_hidden_layers} layers"
-        )
-    if vocabulary > config.vocab_size:
-        raise ModelError(
-            f"the tokenizer of '{model}' has {vocabulary} tokens, but its config.json says "
-            f"vocab_size {config.vocab_size}"
-        )
+def _as_table(data: LabelledTexts, name: str) -> Table:
+    table = data if isinstance(data, Table) else Table(*data, name)
+    if not len(table):
+        raise DataError(f"{table.source} has no rows")
+    return table

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import DataError
+from ..errors import DataError, UsageError
 
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMN = "label"
@@ -107,22 +107,15 @@ def read_table(path: str | Path) -> Table:
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Write a table: quotes only where needed, `\\n` line ends; tabs between fields for `.tsv`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    # Beside the target first, so that a reader never meets half a file.
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
-        # Python below 3.13 leaves a bare carriage return unquoted, though readers end a row at it.
-        quoting_writer = csv.writer(
-            file, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC
-        )
-        writer.writerow(header)
-        for row in rows:
-            has_return = any("\r" in value for value in row if isinstance(value, str))
-            (quoting_writer if has_return else writer).writerow(row)
-    partial.replace(path)
+    """Write a table: quotes only where needed, `\\n` line ends; tabs between fields for `.tsv`.
+
+    Raises UsageError when the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_rows(path, header, rows)
+    except OSError as error:
+        raise UsageError(f"cannot write '{path}': {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -198,6 +191,23 @@ def _read_rows(content: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
                 return
     finally:
         csv.field_size_limit(previous_limit)
+
+
+def _write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    # Beside the target first, so that a reader never meets half a file.
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+        # Python below 3.13 leaves a bare carriage return unquoted, though readers end a row at it.
+        quoting_writer = csv.writer(
+            file, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC
+        )
+        writer.writerow(header)
+        for row in rows:
+            has_return = any("\r" in value for value in row if isinstance(value, str))
+            (quoting_writer if has_return else writer).writerow(row)
+    partial.replace(path)
 
 
 def _find_columns(header: list[str], delimiter: str, where: str) -> tuple[int, int]:

@@ -7,6 +7,7 @@ product serves all three.
 """
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import ModelError
+from ..errors import ModelError, TwoStageWarning
 from .bert import (
     HEAD_SIZE,
     BertClassifier,
@@ -38,8 +39,6 @@ class Checkpoint:
     config: BertConfig
     tensors: dict[str, Tensor]
     """Our names (those of `Bert`) to fp32 tensors. Models get copies: these never change."""
-    warnings: tuple[str, ...] = ()
-    """What a user should know about the load, a sentence each."""
 
 
 def tensor_names(num_layers: int) -> list[tuple[str, tuple[str, ...]]]:
@@ -91,8 +90,7 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         stored = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
-    tensors, warnings = from_stored(stored, config, str(path))
-    return Checkpoint(config, tensors, tuple(warnings))
+    return Checkpoint(config, from_stored(stored, config, str(path)))
 
 
 def read_config(path: Path) -> BertConfig:
@@ -128,22 +126,22 @@ def read_config(path: Path) -> BertConfig:
         raise ModelError(f"{path}: {error}") from None
 
 
-def from_stored(
-    stored: Mapping[str, Tensor], config: BertConfig, source: str
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Stored tensors to our names, in fp32. Returns the tensors and warnings.
+def from_stored(stored: Mapping[str, Tensor], config: BertConfig, source: str) -> dict[str, Tensor]:
+    """Stored tensors to our names, in fp32.
 
-    A missing pooler is left out (and warned of): `build_model` then initialises it.
+    Warns of a missing pooler, which is left out (`build_model` then initialises it), and of
+    tensors that have no place here.
     """
     by_name = {_modern_name(name): tensor for name, tensor in stored.items()}
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in BertClassifier(config, 2).bert.named_parameters()}
     tensors: dict[str, Tensor] = {}
     used: set[str] = set()
-    warnings: list[str] = []
     has_pooler = "pooler.dense.weight" in by_name
     if not has_pooler:
-        warnings.append(f"{source} has no pooler: it starts from random weights")
+        warnings.warn(
+            f"{source} has no pooler: it starts from random weights", TwoStageWarning, stacklevel=3
+        )
     for ours, theirs in tensor_names(config.num_hidden_layers):
         missing = [name for name in theirs if name not in by_name]
         if ours.startswith("pooler.") and not has_pooler:
@@ -167,8 +165,10 @@ def from_stored(
     )
     if ignored:
         shown = ", ".join(ignored[:8]) + (", …" if len(ignored) > 8 else "")
-        warnings.append(f"{source}: tensors that are not used: {shown}")
-    return tensors, warnings
+        warnings.warn(
+            f"{source}: tensors that are not used: {shown}", TwoStageWarning, stacklevel=3
+        )
+    return tensors
 
 
 def to_stored(tensors: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:

@@ -35,6 +35,11 @@ class StageData:
     def __len__(self) -> int:
         return len(self.labels_N)
 
+    def class_counts(self, num_classes: int) -> list[int]:
+        """Rows of each class, C of them."""
+        counts_C: list[int] = np.bincount(self.labels_N, minlength=num_classes).tolist()
+        return counts_C
+
 
 @dataclass(frozen=True)
 class StageSettings:

@@ -1,0 +1,139 @@
+"""Every choice of a run in one object, and what it means for each stage."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .data.samplers import SAMPLERS
+from .errors import ModelError, UsageError
+from .model.bert import BertConfig
+from .training.losses import CLASS_WEIGHTS, LOSSES, Loss, make_loss
+from .training.precision import PRECISIONS
+from .training.stage import StageSettings
+
+METHODS = ("reweight", "augment", "vanilla")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Every choice of a run. The defaults are the published ones."""
+
+    method: str = "reweight"
+    """`reweight`, `augment` (stage 1 on augmented data) or `vanilla` (stage 2 alone)."""
+    epochs_stage_1: int = 1
+    """0 is vanilla fine-tuning."""
+    epochs_stage_2: int = 1
+    seeds: tuple[int, ...] = (7, 42, 106, 190, 191)
+    """Each seed starts again from the pretrained weights."""
+    batch_size: int = 16
+    max_length: int = 128
+    """Tokens at which a text is cut, [CLS] and [SEP] included."""
+    learning_rate_stage_1: float = 1e-4
+    learning_rate_stage_2: float = 1e-5
+    stage_1_layers: int = 1
+    """Encoder layers, from the top, that stage 1 trains with the pooler and the head."""
+    loss: str | None = None
+    """Of stage 1: `ldam` or `ce`. None: `ce` for `augment`, else `ldam`."""
+    class_weights: str | None = None
+    """Of stage 1: `effective`, `inverse`, `inverse-sqrt`, `none`. None: `none` for `augment`, else
+    `effective`."""
+    ldam_s: float = 1.0
+    ldam_max_m: float = 0.5
+    sampler: str = "random"
+    """`random` or `token-budget`: both stages. `class-balanced`: stage 1, or, without one, stage 2;
+    after a stage 1, stage 2 is random, since it is to see the data as they are."""
+    precision: str = "auto"
+    """`fp32`, `bf16`, or `auto`: bf16 where the device multiplies it natively."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:n`, or `auto`: a GPU if there is one."""
+    upstream_schedule: bool = False
+    """Count the steps of augmented stage 1 as the published code does, from the imbalanced data:
+    the learning rate is then 0 for the rest of the stage."""
+
+    def __post_init__(self) -> None:
+        _check_choice("method", self.method, METHODS)
+        _check_choice("sampler", self.sampler, SAMPLERS)
+        _check_choice("precision", self.precision, PRECISIONS)
+        if self.loss is not None:
+            _check_choice("loss", self.loss, LOSSES)
+        if self.class_weights is not None:
+            _check_choice("class_weights", self.class_weights, CLASS_WEIGHTS)
+        for name, least in (
+            ("epochs_stage_1", 0),
+            ("epochs_stage_2", 0),
+            ("batch_size", 1),
+            ("max_length", 2),
+            ("stage_1_layers", 0),
+        ):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < least:
+                raise UsageError(f"{name} is {value!r}; expected a whole number, {least} or more")
+        for name in ("learning_rate_stage_1", "learning_rate_stage_2", "ldam_s"):
+            value = getattr(self, name)
+            if not 0 < value < float("inf"):
+                raise UsageError(f"{name} is {value!r}; expected a number above 0")
+        if not 0 <= self.ldam_max_m < float("inf"):
+            raise UsageError(f"ldam_max_m is {self.ldam_max_m!r}; expected a number, 0 or more")
+        if not self.seeds or any(seed < 0 for seed in self.seeds):
+            raise UsageError(f"seeds are {self.seeds!r}; expected one or more whole numbers from 0")
+
+    @property
+    def has_stage_1(self) -> bool:
+        return self.method != "vanilla" and self.epochs_stage_1 > 0
+
+    def stage_1_settings(self, dtype: torch.dtype, num_train: int) -> StageSettings:
+        """num_train: rows of the imbalanced data, by which the published code counts its steps."""
+        upstream_steps = self.epochs_stage_1 * -(-num_train // self.batch_size)
+        return StageSettings(
+            epochs=self.epochs_stage_1,
+            learning_rate=self.learning_rate_stage_1,
+            batch_size=self.batch_size,
+            sampler=self.sampler,
+            dtype=dtype,
+            schedule_steps=upstream_steps if self.upstream_schedule else None,
+        )
+
+    def stage_2_settings(self, dtype: torch.dtype) -> StageSettings:
+        balanced_before = self.has_stage_1 and self.sampler == "class-balanced"
+        return StageSettings(
+            epochs=self.epochs_stage_2,
+            learning_rate=self.learning_rate_stage_2,
+            batch_size=self.batch_size,
+            sampler="random" if balanced_before else self.sampler,
+            dtype=dtype,
+        )
+
+    def stage_1_loss(self, class_counts_C: list[int], device: torch.device) -> Loss:
+        """For stage-1 data with these class counts."""
+        augmenting = self.method == "augment"
+        return make_loss(
+            self.loss or ("ce" if augmenting else "ldam"),
+            self.class_weights or ("none" if augmenting else "effective"),
+            class_counts_C,
+            device,
+            ldam_s=self.ldam_s,
+            ldam_max_m=self.ldam_max_m,
+        )
+
+    def check_fit(self, config: BertConfig, vocabulary: int, model: str) -> None:
+        """Raise when this encoder and tokenizer cannot run the recipe, or each other."""
+        if self.max_length > config.max_position_embeddings:
+            raise UsageError(
+                f"max_length is {self.max_length}, but '{model}' has "
+                f"{config.max_position_embeddings} positions"
+            )
+        if self.stage_1_layers > config.num_hidden_layers:
+            raise UsageError(
+                f"stage_1_layers is {self.stage_1_layers}, but '{model}' has "
+                f"{config.num_hidden_layers} layers"
+            )
+        if vocabulary > config.vocab_size:
+            raise ModelError(
+                f"the tokenizer of '{model}' has {vocabulary} tokens, but its config.json says "
+                f"vocab_size {config.vocab_size}"
+            )
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UsageError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
