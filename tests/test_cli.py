@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from twostage.cli import main
 from twostage.data.tables import write_table
+from twostage.errors import TwoStageWarning
 from twostage.model.checkpoint import load_checkpoint
 
 
@@ -78,7 +79,8 @@ def test_train_writes_results_as_published_and_prints_the_tail_first(
         "model.safetensors",
         "tokenizer.json",
     }
-    assert load_checkpoint(saved).config == load_checkpoint(tiny).config
+    with pytest.warns(TwoStageWarning, match="not used: classifier"):
+        assert load_checkpoint(saved).config == load_checkpoint(tiny).config
     assert not list(output.glob("*.partial"))
     # a saved model can be trained further
     assert main(arguments(data, saved, tmp_path / "again", "--seeds", "1", "-e", "0")) == 0
