@@ -23,12 +23,12 @@ def test_snippets_lose_repetitions_blanks_and_plots() -> None:
 
 def test_the_demo_data_is_split_by_text_without_overlap(demo_folder: Path) -> None:
     train, dev = read_table(demo_folder / "train.tsv"), read_table(demo_folder / "dev.tsv")
-    assert (len(train), len(dev)) == (10_261, 2_491)
+    assert (len(train), len(dev)) == (11_497, 1_255)
     assert all(in_dev_split(text) for text in dev.texts)
     assert not any(in_dev_split(text) for text in train.texts)
-    assert len(set(train.texts) | set(dev.texts)) == 10_261 + 2_491
-    assert [list(train.labels).count(label) for label in ("0", "1")] == [4_326, 5_935]
-    assert [list(dev.labels).count(label) for label in ("0", "1")] == [1_058, 1_433]
+    assert len(set(train.texts) | set(dev.texts)) == 11_497 + 1_255
+    assert [list(train.labels).count(label) for label in ("0", "1")] == [4_860, 6_637]
+    assert [list(dev.labels).count(label) for label in ("0", "1")] == [524, 731]
 
 
 def test_a_second_fetch_does_nothing(demo_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
