@@ -6,11 +6,16 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 
 from twostage.assets import fetch_demo
 from twostage.data.tables import Table, read_table
 from twostage.model.bert import BertConfig
 from twostage.model.checkpoint import Checkpoint, tensor_names
+
+# The same examples in every run, and no limit on a time that other work on the machine decides.
+settings.register_profile("twostage", deadline=None, derandomize=True)
+settings.load_profile("twostage")
 
 
 @pytest.fixture(scope="session")

@@ -230,6 +230,8 @@ def test_downsample_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert {p.name for p in (tmp_path / "out").iterdir()} == {"0.1", "0.5"}
     assert main(command) == 0
     assert {p.name for p in (tmp_path / "out").iterdir()} == {f"0.{i}" for i in range(1, 8)}
+    (tmp_path / "file").touch()
+    fails(capsys, 2, "cannot write", *command[:-1], str(tmp_path / "file"))
     command[2] = str(tmp_path / "absent")
     fails(capsys, 3, "there is no file", *command)
 

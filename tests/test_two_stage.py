@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -244,6 +245,14 @@ def test_tables_that_share_a_source_keep_their_own_labels(tiny: Path) -> None:
     result = train_two_stage(tiny, train, test, replace(RECIPE, seeds=(7,)))
     assert result.class_counts_C == (2, 3)
     assert result.seeds[0].metrics.confusion_CC.sum(axis=1).tolist() == [2, 1]
+
+
+def test_columns_of_a_data_frame_serve_as_data(tiny: Path) -> None:
+    frame = pd.DataFrame({"text": TEXTS, "label": [1, 1, 1, 0, 0]}).sample(frac=1, random_state=1)
+    result = train_two_stage(
+        tiny, (frame.text, frame.label), (frame.text, frame.label.to_numpy()), RECIPE
+    )
+    assert result.class_counts_C == (2, 3)
 
 
 @pytest.mark.parametrize("which", ["train", "test"])

@@ -189,7 +189,12 @@ def train_two_stage(
 
 
 def _as_table(data: LabelledTexts, name: str) -> Table:
-    table = data if isinstance(data, Table) else Table(*data, name)
+    if isinstance(data, Table):
+        table = data
+    else:
+        texts, labels = data
+        # Lists, so that arrays and data-frame columns with an index of their own serve as well.
+        table = Table(list(texts), list(labels), name)
     if not len(table):
         raise DataError(f"{table.source} has no rows")
     return table
