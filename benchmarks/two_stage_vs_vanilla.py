@@ -22,6 +22,7 @@ from twostage.data.downsampling import downsample_folder
 from twostage.demo import DEMO_RECIPE
 from twostage.experiment import run_experiment
 from twostage.recipe import Recipe
+from twostage.training.precision import choose_device, choose_precision
 from twostage.two_stage import Result
 
 RESULTS = Path(__file__).parent / "results"
@@ -90,13 +91,19 @@ def save(rows: list[dict[str, object]], recipe: Recipe) -> None:
         ]
         lines.append(f"| {rate} | {name} | {tails} | {' | '.join(f'{m:.3f}' for m in means)} |")
     capabilities = torch.cpu.get_capabilities()
+    device = choose_device(recipe.device)
     record = {
         "what": "MiniLM-L6, critics' snippets, lr 5e-4 / 5e-5, one epoch a stage",
         "commit": subprocess.run(
-            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            check=False,
         ).stdout.strip(),
         "seeds": recipe.seeds,
-        "precision": recipe.precision,
+        "device": str(device),
+        "dtype": str(choose_precision(recipe.precision, device)),
         "hardware": {
             "cpu": capabilities.get("cpu_name", platform.processor()),
             "threads": torch.get_num_threads(),

@@ -1,4 +1,5 @@
-"""Fused operations, one file each, the plain-PyTorch reference beside the fused form.
+"""The operations at the bottom of the model, one file each. Installed as `twostage.kernels`.
 
-Installed as `twostage.kernels`. Imports torch alone.
+A fused form stands beside its plain-PyTorch reference; attention and dropout have only the plain
+form so far. Imports torch alone.
 """

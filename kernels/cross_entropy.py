@@ -42,8 +42,10 @@ def fused_cross_entropy(
     class_weights_C, margins_C: [C] or None (ones; zeros); no gradient flows to them.
     Returns a scalar in fp32 (fp64 for fp64 logits).
     """
+    # Inside a Function's forward, grad mode is off whatever it was outside.
+    with_gradient = torch.is_grad_enabled() and logits_BC.requires_grad
     loss: Tensor = _FusedCrossEntropy.apply(
-        logits_BC, labels_B, class_weights_C, margins_C, float(scale)
+        logits_BC, labels_B, class_weights_C, margins_C, float(scale), with_gradient
     )
     return loss
 
@@ -77,6 +79,7 @@ class _FusedCrossEntropy(torch.autograd.Function):
         class_weights_C: Tensor | None,
         margins_C: Tensor | None,
         scale: float,
+        with_gradient: bool,
     ) -> Tensor:
         labels_B1 = labels_B[:, None]
         # `copy`: the in-place steps below must not touch the caller's logits.
@@ -93,18 +96,21 @@ class _FusedCrossEntropy(torch.autograd.Function):
             shares_B = weights_B / weights_B.sum()
         loss = torch.dot(shares_B, negative_log_likelihood_B)
 
-        if ctx.needs_input_grad[0]:
+        if with_gradient:
             gradient_BC = log_probabilities_BC.exp_()  # p_bc
             gradient_BC.scatter_add_(1, labels_B1, -torch.ones_like(labels_B1, dtype=z_BC.dtype))
             gradient_BC.mul_(scale * shares_B[:, None])
-            ctx.save_for_backward(gradient_BC.to(logits_BC.dtype))
+            ctx.save_for_backward(gradient_BC)
+            ctx.logits_dtype = logits_BC.dtype
         return loss
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (gradient_BC,) = ctx.saved_tensors
-        return gradient_BC * upstream.to(gradient_BC.dtype), None, None, None, None
+        # Rounded last: upstream may hold a loss scale that brings tiny gradients into fp16's range.
+        scaled_BC = (gradient_BC * upstream).to(ctx.logits_dtype)
+        return scaled_BC, None, None, None, None, None
 
 
 def _loss_dtype(logits_BC: Tensor) -> torch.dtype:

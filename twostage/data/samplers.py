@@ -2,7 +2,8 @@
 
 Each sampler is a pure function of (seed, epoch): `epoch_batches(…, seed, epoch)` gives the same
 list of batches wherever and whenever it is called, so that training can re-enter an epoch at any
-batch. The generator is numpy's PCG64, seeded with the two numbers and a constant per sampler.
+batch. The generator is numpy's PCG64, seeded with these numbers alone; a stage passes (seed, stage)
+as its seed.
 
 A batch is an int64 array of row numbers. N rows, B rows a batch.
 """
@@ -11,6 +12,7 @@ import numpy as np
 
 from ..errors import DataError, UsageError
 
+_STREAM = 3
 SAMPLERS = ("random", "class-balanced", "token-budget")
 
 
@@ -106,4 +108,5 @@ def _cut_by_tokens(order: np.ndarray, lengths_N: np.ndarray, max_tokens: int) ->
 
 
 def _generator(seed: tuple[int, ...], epoch: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((*seed, epoch))))
+    # The constant keeps these draws apart from others that the same seed is used for.
+    return np.random.Generator(np.random.PCG64(np.random.SeedSequence((_STREAM, *seed, epoch))))

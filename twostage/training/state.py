@@ -36,7 +36,8 @@ class TrainingState:
         self.stage, self.epoch, self.batch, self.step, self.optimizer = stage, 0, 0, 0, None
 
 
-HEAD_STREAM, DROPOUT_STREAM = 0, 1
+# The first number of a derived seed: what it is for.
+HEAD_STREAM, DROPOUT_STREAM = 1, 2
 
 
 def derive_seed(*numbers: int) -> int:
