@@ -6,7 +6,7 @@ values into a padded [B, L] block, attend there with the padding masked out, and
 of the real tokens back.
 
 Shapes: B sequences, T packed tokens (N of them real, the rest filler at the end), L the longest
-sequence, D hidden, H heads, K = D / H head size.
+sequence, R = B·L rows of the padded block, D hidden, H heads, K = D / H head size, F any width.
 """
 
 from dataclasses import dataclass
@@ -64,18 +64,18 @@ def packed_attention(
     """
     num_rows = layout.batch_size * layout.length
     head_size = qkv_T3D.shape[1] // (3 * num_heads)
-    padded = _PlaceRows.apply(qkv_T3D, layout.rows_N, num_rows)
+    padded_R3D = _PlaceRows.apply(qkv_T3D, layout.rows_N, num_rows)
     query_BHLK, key_BHLK, value_BHLK = (
-        padded.view(layout.batch_size, layout.length, 3, num_heads, head_size)
+        padded_R3D.view(layout.batch_size, layout.length, 3, num_heads, head_size)
         .permute(2, 0, 3, 1, 4)
         .unbind(0)
     )
     scores_BHLL = (query_BHLK * head_size**-0.5) @ key_BHLK.transpose(2, 3)
     softmax_dtype = torch.promote_types(scores_BHLL.dtype, torch.float32)
-    scores_BHLL = scores_BHLL.to(softmax_dtype) + layout.mask_B11L.to(softmax_dtype)
-    probabilities_BHLL = torch.softmax(scores_BHLL, dim=-1).to(qkv_T3D.dtype)
-    probabilities_BHLL = dropout(probabilities_BHLL, dropout_p, generator)
-    context_BLHK = (probabilities_BHLL @ value_BHLK).transpose(1, 2)
+    masked_BHLL = scores_BHLL.to(softmax_dtype) + layout.mask_B11L.to(softmax_dtype)
+    probabilities_BHLL = torch.softmax(masked_BHLL, dim=-1).to(qkv_T3D.dtype)
+    kept_BHLL = dropout(probabilities_BHLL, dropout_p, generator)
+    context_BLHK = (kept_BHLL @ value_BHLK).transpose(1, 2)
     context_TD: Tensor = _TakeRows.apply(
         context_BLHK.reshape(num_rows, -1), layout.rows_N, len(qkv_T3D)
     )
@@ -86,9 +86,9 @@ def packed_attention(
 # `x[rows]` adds into place row by row, which distinct rows do not need.
 
 
-def _place_rows(x_NF: Tensor, rows_N: Tensor, num_rows: int) -> Tensor:
-    """Row t of `x_NF` becomes row `rows_N[t]` of a block of zeros; rows beyond N are left out."""
-    return x_NF.new_zeros(num_rows, x_NF.shape[1]).index_copy_(0, rows_N, x_NF[: len(rows_N)])
+def _place_rows(x_TF: Tensor, rows_N: Tensor, num_rows: int) -> Tensor:
+    """Row t of `x_TF` becomes row `rows_N[t]` of a block of zeros; rows beyond N are left out."""
+    return x_TF.new_zeros(num_rows, x_TF.shape[1]).index_copy_(0, rows_N, x_TF[: len(rows_N)])
 
 
 def _take_rows(block_RF: Tensor, rows_N: Tensor, num_tokens: int) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 from twostage import assets
 from twostage.assets import fetch_demo, in_dev_split, read_snippets
 from twostage.data.tables import read_table
-from twostage.errors import DownloadError
+from twostage.errors import DownloadError, UsageError
 
 
 def test_snippets_lose_repetitions_blanks_and_plots() -> None:
@@ -58,3 +58,15 @@ def test_a_failed_download_is_one_sentence_and_leaves_nothing(
     assert "\n" not in str(caught.value)
     assert caught.value.exit_code == 4
     assert list((tmp_path / "demo").iterdir()) == []
+
+
+def test_other_peoples_files_are_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "train.tsv").write_text("sentence\tlabel\nmine\t1\n")
+    with pytest.raises(UsageError, match=r"train\.tsv' is not the demo's; choose another folder"):
+        fetch_demo(tmp_path)
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match=r"cannot write '.*file"):
+        fetch_demo(tmp_path / "file")

@@ -13,9 +13,11 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from twostage.cli import main
-from twostage.data.tables import write_table
+from twostage.data.tables import Classes, write_table
 from twostage.errors import TwoStageWarning
 from twostage.model.checkpoint import load_checkpoint
+from twostage.recipe import Recipe
+from twostage.two_stage import Result
 
 
 @pytest.fixture
@@ -123,6 +125,59 @@ def test_every_published_short_flag_and_method_runs(tiny: Path, data: Path, tmp_
         assert main(arguments(data, tiny, tmp_path / f"o{i}", "--seeds", "3", *run)) == 0
 
 
+def test_every_flag_of_train_reaches_the_recipe(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, object] = {}
+
+    def run_experiment(
+        model: Path, data: Path, output: Path, recipe: Recipe, **kw: object
+    ) -> Result:
+        seen.update(model=model, data=data, output=output, recipe=recipe, **kw)
+        return Result(Classes(("0", "1"), "x"), (1, 2))
+
+    monkeypatch.setattr("twostage.experiment.run_experiment", run_experiment)
+    monkeypatch.setattr("torch.set_num_threads", lambda n: seen.update(threads=n))
+    assert main(["train", "-d", "D", "-o", "O"]) == 0
+    assert seen["recipe"] == Recipe()
+    assert (seen["model"], seen["save_models"]) == (Path("bert-base-uncased"), False)
+
+    flags = (
+        "-d D -o O --model M --method augment -e 3 -f 4 --seeds 5,6 --batch-size 8 --max-length 9 "
+        "--lr-stage-1 0.1 --lr-stage-2 0.2 --stage-1-layers 2 --loss ldam --class-weights inverse "
+        "--ldam-s 3 --ldam-max-m 0.4 --sampler class-balanced --precision bf16 --device cpu "
+        "--upstream-schedule --save-models --threads 2"
+    )
+    assert main(["train", *flags.split()]) == 0
+    assert seen["recipe"] == Recipe(
+        method="augment",
+        epochs_stage_1=3,
+        epochs_stage_2=4,
+        seeds=(5, 6),
+        batch_size=8,
+        max_length=9,
+        learning_rate_stage_1=0.1,
+        learning_rate_stage_2=0.2,
+        stage_1_layers=2,
+        loss="ldam",
+        class_weights="inverse",
+        ldam_s=3.0,
+        ldam_max_m=0.4,
+        sampler="class-balanced",
+        precision="bf16",
+        device="cpu",
+        upstream_schedule=True,
+    )
+    assert (seen["model"], seen["save_models"], seen["threads"]) == (Path("M"), True, 2)
+
+
+def test_results_of_an_earlier_run_are_kept_aside(tiny: Path, data: Path, tmp_path: Path) -> None:
+    command = arguments(data, tiny, tmp_path / "o", "-e", "0", "--seeds")
+    assert main([*command, "1"]) == 0
+    earlier = (tmp_path / "o" / "results.csv").read_text()
+    assert main([*command, "2"]) == 0
+    assert (tmp_path / "o" / "results.csv.previous").read_text() == earlier
+    assert (tmp_path / "o" / "results.csv").read_text() != earlier
+
+
 def test_string_labels_and_three_classes(tiny: Path, tmp_path: Path) -> None:
     rows = [("good", "great"), ("so so", "fair"), ("bad", "poor"), ("bad", "poor")]
     for name in ("train.csv", "test.csv"):
@@ -152,7 +207,7 @@ def test_bad_data_is_one_sentence_and_exit_code_3(
         fails(capsys, 3, message, *command)
     train.write_text(good)
     test.write_text("text,label\na,1\nb,5\n")
-    fails(capsys, 3, "test.csv, line 3: class '5' has no row in", *command)
+    fails(capsys, 3, "test.csv, line 3: class '5' (no such row in", *command)
     test.unlink()
     fails(capsys, 3, "there is no file", *command)
     assert not (tmp_path / "o" / "results.csv").exists()
@@ -180,9 +235,10 @@ def test_a_bad_setting_is_one_sentence_and_exit_code_2(
     fails(capsys, 2, "method is 'both'", *command, "--method", "both")
     fails(capsys, 2, "device is 'cuda:77'", *command, "--device", "cuda:77")
     fails(capsys, 2, "batch_size is 0", *command, "--batch-size", "0")
+    fails(capsys, 2, "threads is 0", *command, "--threads", "0")
     blocked = tmp_path / "file"
     blocked.touch()
-    fails(capsys, 2, "cannot write into", *arguments(data, tiny, blocked))
+    fails(capsys, 2, "cannot write", *arguments(data, tiny, blocked))
     with pytest.raises(SystemExit) as caught:
         main([*command, "--seeds", "7;8"])
     assert caught.value.code == 2
@@ -194,6 +250,10 @@ def test_a_run_that_diverges_stops_with_exit_code_7(
 ) -> None:
     command = arguments(data, tiny, tmp_path / "o", "--ldam-s", "1e38", "--precision", "fp32")
     fails(capsys, 7, "stage 1, step 1: the loss or the gradient is not finite", *command)
+    # the very last step may leave weights that only the evaluation finds to be broken
+    command = arguments(data, tiny, tmp_path / "o", "-e", "0", "--lr-stage-2", "1e38")
+    fails(capsys, 7, "not finite", *command, "--batch-size", "16", "--precision", "fp32")
+    assert not (tmp_path / "o" / "results.csv").exists()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -218,6 +278,38 @@ def test_a_stopped_run_keeps_the_seeds_that_were_finished(
     assert "Traceback" not in error
     assert "of 5000 seeds were finished; they are in" in error
     assert len(pd.read_csv(output / "results.csv")) >= 1
+
+
+def test_a_command_stopped_outside_training_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fetch(folder: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("twostage.assets.fetch_demo", fetch)
+    assert main(["fetch", "demo", "--to", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\ntwostage: stopped\n"
+
+
+def test_a_closed_pipe_ends_a_command_without_traceback() -> None:
+    code = "import twostage.cli; raise SystemExit(twostage.cli.main(['train', '--help']))"
+    process = subprocess.run(
+        f'{sys.executable} -u -c "{code}" | true',
+        shell=True,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "Traceback" not in process.stderr
+
+
+def test_help_needs_no_more_than_ascii(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ([], ["demo"], ["fetch"], ["downsample"], ["train"]):
+        with pytest.raises(SystemExit):
+            main([*command, "--help"])
+        text = capsys.readouterr().out
+        assert text.isascii()
+        assert "None" not in text
 
 
 def test_downsample_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

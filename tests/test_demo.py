@@ -1,6 +1,7 @@
 """The demo's way from data to tables and figure, on a model and data small enough for a test."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,9 @@ from matplotlib.image import imread
 
 from twostage import demo
 from twostage.data.tables import read_table, write_table
+from twostage.errors import UsageError
+from twostage.recipe import Recipe
+from twostage.two_stage import Result
 
 
 @pytest.fixture
@@ -32,14 +36,15 @@ def test_three_runs_side_by_side_with_matrices_and_a_figure(small: Path) -> None
         scores = result.seeds[0].metrics
         row = next(line for line in text.splitlines() if line.startswith(name + "  "))
         assert f"{scores.f1_C[0]:.3f}" in row
-        for count in scores.confusion_CC.flatten():
-            assert str(count) in text
+        start = text.index(f"\n{name} ", text.index("Confusion matrices"))
+        matrix = [line.split()[2:] for line in text[start + 1 :].splitlines()[1:3]]
+        assert matrix == scores.confusion_CC.astype(str).tolist()
         assert scores.confusion_CC.sum() == 300
-        folder = small / "results" / name.replace(", ", "-").replace(" ", "-")
+        folder = small / "results" / "0.2-seed-3" / name.replace(", ", "-").replace(" ", "-")
         assert (folder / "results.csv").is_file()
     assert "tail F1 ('0')" in text
     assert "* micro-F1 is the accuracy" in text
-    assert imread(small / "results" / "demo.png").std() > 0.05
+    assert imread(small / "results" / "0.2-seed-3" / "demo.png").std() > 0.05
 
 
 def test_without_matplotlib_the_demo_ends_well_and_says_how_to_get_a_figure(
@@ -49,9 +54,31 @@ def test_without_matplotlib_the_demo_ends_well_and_says_how_to_get_a_figure(
     said: list[str] = []
     demo.run_demo(small, rate=0.2, seed=3, say=said.append)
     assert "pip install matplotlib" in "\n".join(said)
-    assert not (small / "results" / "demo.png").exists()
+    assert not (small / "results" / "0.2-seed-3" / "demo.png").exists()
 
 
-def test_the_three_runs_differ_only_in_method_and_epochs() -> None:
-    assert demo.DEMO_RECIPE.learning_rate_stage_1 == 5e-4
-    assert demo.DEMO_RECIPE.learning_rate_stage_2 == 5e-5
+def test_the_three_runs_differ_only_in_method_and_epochs(
+    small: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipes: list[Recipe] = []
+    original = demo.run_experiment
+
+    def spy(model: Path, data: Path, output: Path, recipe: Recipe, **kw: object) -> Result:
+        recipes.append(recipe)
+        return original(model, data, output, recipe, **kw)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(demo, "run_experiment", spy)
+    demo.run_demo(small, rate=0.2, seed=3, say=lambda line: None)
+    common = replace(demo.DEMO_RECIPE, seeds=(3,))
+    assert recipes == [
+        replace(common, method="vanilla"),
+        replace(common, method="vanilla", epochs_stage_2=2),
+        common,
+    ]
+
+
+def test_a_bad_rate_or_seed_is_refused_before_anything_is_fetched(tmp_path: Path) -> None:
+    for rate, seed in ((0.0, 1), (0.1, -1)):
+        with pytest.raises(UsageError):
+            demo.run_demo(tmp_path / "demo", rate, seed)
+    assert not (tmp_path / "demo").exists()

@@ -210,6 +210,12 @@ def test_augment_trains_stage_1_on_augmented_data_with_plain_cross_entropy(
         run(tiny, recipe)
 
 
+def test_a_class_without_augmented_row_is_named(tiny: Path) -> None:
+    recipe = replace(RECIPE, method="augment")
+    with pytest.raises(DataError, match="class '0' has no row in augmented data"):
+        run(tiny, recipe, augmented=(["good"], [1]))
+
+
 @pytest.mark.parametrize(
     ("sampler", "method", "expected"),
     [
@@ -301,6 +307,11 @@ def test_reports_name_seed_and_stage(tiny: Path) -> None:
         ({"ldam_max_m": -1.0}, "ldam_max_m is -1"),
         ({"seeds": ()}, "seeds are"),
         ({"seeds": (1, -2)}, "seeds are"),
+        ({"seeds": 7}, "seeds are 7"),
+        ({"seeds": ("7",)}, "seeds are"),
+        ({"seeds": (1.5,)}, "seeds are"),
+        ({"batch_size": True}, "batch_size is True"),
+        ({"learning_rate_stage_1": "x"}, "learning_rate_stage_1 is 'x'"),
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused_by_the_name_of_its_field(

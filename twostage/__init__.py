@@ -14,22 +14,17 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = ["Recipe", "Table", "TwoStageError", "train_two_stage"]
 
+_MODULE_OF = {
+    "Recipe": ".recipe",
+    "Table": ".data.tables",
+    "TwoStageError": ".errors",
+    "train_two_stage": ".two_stage",
+}
+
 
 def __getattr__(name: str) -> object:
-    if name == "train_two_stage":
-        from .two_stage import train_two_stage
+    if name in _MODULE_OF:
+        from importlib import import_module
 
-        return train_two_stage
-    if name == "Recipe":
-        from .recipe import Recipe
-
-        return Recipe
-    if name == "Table":
-        from .data.tables import Table
-
-        return Table
-    if name == "TwoStageError":
-        from .errors import TwoStageError
-
-        return TwoStageError
+        return getattr(import_module(_MODULE_OF[name], __name__), name)
     raise AttributeError(f"module 'twostage' has no attribute {name!r}")

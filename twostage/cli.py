@@ -5,6 +5,7 @@ numbers; 130 Ctrl-C; 143 SIGTERM.
 """
 
 import argparse
+import os
 import signal
 import sys
 import warnings
@@ -13,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from .errors import TwoStageError, TwoStageWarning
+from .errors import TwoStageError, TwoStageWarning, UsageError
 
 
 class _Terminated(KeyboardInterrupt):
@@ -38,8 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"twostage: error: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
-        print(f"\ntwostage: {interrupt or 'stopped'}", file=sys.stderr)
+        print(f"\ntwostage: {str(interrupt) or 'stopped'}", file=sys.stderr)
         return 143 if isinstance(interrupt, _Terminated) else 130
+    except BrokenPipeError:  # whoever read our output has gone; nothing more can be said there
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     finally:
         signal.signal(signal.SIGTERM, previous)
 
@@ -73,6 +77,13 @@ def _make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default, where there is one."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
 _Commands = argparse._SubParsersAction  # the type has no public name
 
 
@@ -84,7 +95,7 @@ def _add_command(
         help=summary,
         description=summary[0].upper() + summary[1:] + ".",
         epilog=f"example: {example}",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
 
 
@@ -140,7 +151,7 @@ def _add_downsample(commands: "_Commands[argparse.ArgumentParser]") -> None:
         "--rates",
         type=_numbers(float),
         default="0.1,0.2,0.3,0.4,0.5,0.6,0.7",
-        metavar="R,R,…",
+        metavar="R,R,...",
         help="shares of negatives to keep",
     )
     parser.add_argument("--seed", type=int, default=42, help="of the draws; published: 42")
@@ -163,7 +174,14 @@ def _add_train(commands: "_Commands[argparse.ArgumentParser]") -> None:
         metavar="DIR",
         help="holds train.csv and test.csv (columns text, label); aug.csv for --method augment",
     )
-    add("-o", "--output-path", type=Path, required=True, metavar="DIR", help="gets results.csv, …")
+    add(
+        "-o",
+        "--output-path",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="gets the results",
+    )
     add("--method", default="reweight", help="reweight, augment or vanilla")
     add("-e", "--epoch-stage-1", type=int, default=1, metavar="N", help="0 is vanilla")
     add("-f", "--epoch-stage-2", type=int, default=1, metavar="N", help="epochs of stage 2")
@@ -174,24 +192,24 @@ def _add_train(commands: "_Commands[argparse.ArgumentParser]") -> None:
         metavar="DIR",
         help="folder with config.json, model.safetensors and tokenizer.json or vocab.txt",
     )
-    add("--seeds", type=_numbers(int), default="7,42,106,190,191", metavar="N,N,…", help="runs")
+    add("--seeds", type=_numbers(int), default="7,42,106,190,191", metavar="N,N,...", help="runs")
     add("--batch-size", type=int, default=16, metavar="N", help="texts in a batch")
     add("--max-length", type=int, default=128, metavar="N", help="tokens at which a text is cut")
     add("--lr-stage-1", type=float, default=1e-4, metavar="X", help="learning rate of stage 1")
     add("--lr-stage-2", type=float, default=1e-5, metavar="X", help="learning rate of stage 2")
     add("--stage-1-layers", type=int, default=1, metavar="N", help="encoder layers in stage 1")
-    add("--loss", help="of stage 1: ldam or ce; None: ce for augment, else ldam")
+    add("--loss", help="of stage 1: ldam or ce (default: ce for augment, else ldam)")
     add(
         "--class-weights",
-        help="of stage 1: effective, inverse, inverse-sqrt or none; None: none for augment, "
-        "else effective",
+        help="of stage 1: effective, inverse, inverse-sqrt or none (default: none for augment, "
+        "else effective)",
     )
     add("--ldam-s", type=float, default=1.0, metavar="X", help="scale of the logits in LDAM")
     add("--ldam-max-m", type=float, default=0.5, metavar="X", help="margin of the rarest class")
-    add("--sampler", default="random", help="random, class-balanced or token-budget")
+    add("--sampler", default="random", help="random, class-balanced (stage 1) or token-budget")
     add("--precision", default="auto", help="auto, fp32 or bf16")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--threads", type=int, metavar="N", help="CPU threads; None: torch's choice")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
     add("--save-models", action="store_true", help="keep each seed's model in seed-N/")
     add(
         "--upstream-schedule",
@@ -230,7 +248,9 @@ def _train(options: argparse.Namespace) -> None:
     from .recipe import Recipe
 
     if options.threads is not None:
-        torch.set_num_threads(max(1, options.threads))
+        if options.threads < 1:
+            raise UsageError(f"threads is {options.threads}; expected a whole number, 1 or more")
+        torch.set_num_threads(options.threads)
     recipe = Recipe(
         method=options.method,
         epochs_stage_1=options.epoch_stage_1,

@@ -11,7 +11,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .assets import fetch_demo
-from .data.downsampling import downsample_folder
+from .data.downsampling import check_draw, downsample_folder
+from .errors import writing_to
 from .experiment import format_table, run_experiment
 from .recipe import Recipe
 from .two_stage import Result
@@ -29,34 +30,40 @@ def run_demo(
     say: Callable[[str], None] = print,
 ) -> dict[str, Result]:
     """Fetch, down-sample to `rate`, train the three runs and compare them. Results by name."""
+    check_draw(rate, seed)
+    recipe = replace(DEMO_RECIPE, seeds=(seed,))
     if not (folder / "model").is_dir():
-        say("fetching MiniLM and the critics' snippets (93 MB) …")
+        say("fetching MiniLM and the critics' snippets (93 MB) ...")
     fetch_demo(folder)
     data_path, positives, negatives = downsample_folder(
         folder, folder / "down_sampled", rates=(rate,)
     )[0]
     say(f"{data_path}: {positives} fresh (1) and {negatives} rotten (0) reviews to learn from\n")
 
-    recipe = replace(DEMO_RECIPE, seeds=(seed,))
     runs = {
         "vanilla": replace(recipe, method="vanilla"),
         "vanilla, 2 epochs": replace(recipe, method="vanilla", epochs_stage_2=2),
         "two-stage": replace(recipe, method="reweight"),
     }
+    output_path = folder / "results" / f"{rate}-seed-{seed}"
     results: dict[str, Result] = {}
     for name, run in runs.items():
-        say(f"{name} …")
-        output_path = folder / "results" / name.replace(", ", "-").replace(" ", "-")
+        say(f"{name}:")
         results[name] = run_experiment(
-            folder / "model", data_path, output_path, run, show_progress=show_progress, say=say
+            folder / "model",
+            data_path,
+            output_path / name.replace(", ", "-").replace(" ", "-"),
+            run,
+            show_progress=show_progress,
+            say=say,
         )
     say("\n" + format_comparison(results))
     if find_spec("matplotlib") is None:
         say("\n(for a figure: pip install matplotlib)")
     else:
-        save_figure(results, folder / "results" / "demo.png")
-        say(f"\nfigure: {folder / 'results' / 'demo.png'}")
-    say(f"all results: {folder / 'results'}")
+        save_figure(results, output_path / "demo.png")
+        say(f"\nfigure: {output_path / 'demo.png'}")
+    say(f"all results: {output_path}")
     return results
 
 
@@ -122,7 +129,8 @@ def save_figure(results: dict[str, Result], path: Path) -> None:
         axes.set(title=name, xlabel="predicted", ylabel="true")
         axes.set_xticks(range(len(names)), names)
         axes.set_yticks(range(len(names)), names)
-    figure.savefig(path, dpi=150)
+    with writing_to(path):
+        figure.savefig(path, dpi=150)
 
 
 def _cells(names: tuple[str, ...]) -> list[tuple[int, int]]:

@@ -3,6 +3,10 @@
 Every message is one sentence: what is wrong, where (file, line), what to do about it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
 
 class TwoStageError(Exception):
     """Base of all errors that this package raises on purpose."""
@@ -42,3 +46,12 @@ class NonFiniteError(TwoStageError):
     """The loss or the gradient became infinite or not a number."""
 
     exit_code = 7
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Turn the operating system's refusal to write into a UsageError that names the path."""
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot write '{path}': {error.strerror or error}") from error

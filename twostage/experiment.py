@@ -7,6 +7,8 @@ nothing that was finished:
     ave_sst.csv    the means of these columns
     log.csv        loss, gradient norm, learning rate and speed during training
     seed-7/ …      the trained models, if asked for
+
+Results of an earlier run in the same folder are kept as `results.csv.previous` and so on.
 """
 
 import csv
@@ -20,7 +22,7 @@ import torch
 
 from .data.tables import Table, find_classes, read_table, write_table
 from .data.tokenization import load_tokenizer
-from .errors import DataError, UsageError
+from .errors import DataError, writing_to
 from .model.bert import BertClassifier
 from .model.checkpoint import save_classifier
 from .recipe import Recipe
@@ -45,11 +47,12 @@ def run_experiment(
     """
     train, test, augmented = _read_data(data_path, recipe)
     say(describe_run(train, test, augmented, recipe))
-    try:
+    with writing_to(output_path):
         output_path.mkdir(parents=True, exist_ok=True)
+        for name in ("results.csv", "ave_sst.csv", "log.csv"):
+            if (output_path / name).exists():
+                (output_path / name).replace(output_path / f"{name}.previous")
         log_file = (output_path / "log.csv").open("w", encoding="utf-8", newline="", buffering=1)
-    except OSError as error:
-        raise UsageError(f"cannot write into '{output_path}': {error.strerror}") from error
 
     finished = 0
 
@@ -65,6 +68,11 @@ def run_experiment(
     with log_file:
         log = csv.writer(log_file, lineterminator="\n")
         log.writerow(field.name for field in fields(StepReport))
+
+        def write_log(report: StepReport) -> None:
+            with writing_to(output_path / "log.csv"):
+                log.writerow(astuple(report))
+
         try:
             return train_two_stage(
                 model,
@@ -72,7 +80,7 @@ def run_experiment(
                 test,
                 recipe,
                 augmented=augmented,
-                on_report=lambda report: log.writerow(astuple(report)),
+                on_report=write_log,
                 on_seed_end=end_seed,
                 show_progress=show_progress,
             )
@@ -172,8 +180,9 @@ def _read_data(data_path: Path, recipe: Recipe) -> tuple[Table, Table, Table | N
 def _save_model(trained: BertClassifier, source: Path, names: list[str], folder: Path) -> None:
     """A Hugging Face folder; built beside its place, so that it is there whole or not at all."""
     partial = folder.with_name(folder.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    save_classifier(trained, partial, names)
-    load_tokenizer(source).save(str(partial / "tokenizer.json"))
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.replace(folder)
+    with writing_to(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        save_classifier(trained, partial, names)
+        load_tokenizer(source).save(str(partial / "tokenizer.json"))
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.replace(folder)

@@ -66,16 +66,19 @@ class Recipe:
             ("stage_1_layers", 0),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not _is_whole(value) or value < least:
                 raise UsageError(f"{name} is {value!r}; expected a whole number, {least} or more")
         for name in ("learning_rate_stage_1", "learning_rate_stage_2", "ldam_s"):
             value = getattr(self, name)
-            if not 0 < value < float("inf"):
+            if not _is_number(value) or not 0 < value < float("inf"):
                 raise UsageError(f"{name} is {value!r}; expected a number above 0")
-        if not 0 <= self.ldam_max_m < float("inf"):
+        if not _is_number(self.ldam_max_m) or not 0 <= self.ldam_max_m < float("inf"):
             raise UsageError(f"ldam_max_m is {self.ldam_max_m!r}; expected a number, 0 or more")
-        if not self.seeds or any(seed < 0 for seed in self.seeds):
-            raise UsageError(f"seeds are {self.seeds!r}; expected one or more whole numbers from 0")
+        seeds = self.seeds if isinstance(self.seeds, tuple) else ()
+        if not seeds or not all(_is_whole(seed) and seed >= 0 for seed in seeds):
+            raise UsageError(
+                f"seeds are {self.seeds!r}; expected a tuple of one or more whole numbers from 0"
+            )
 
     @property
     def has_stage_1(self) -> bool:
@@ -137,3 +140,11 @@ class Recipe:
 def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise UsageError(f"{name} is {value!r}; expected one of {', '.join(choices)}")
+
+
+def _is_whole(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)

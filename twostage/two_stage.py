@@ -97,7 +97,7 @@ def train_one_seed(
     """THE ALGORITHM for one seed. Returns the trained model and its scores on the test data."""
     began = perf_counter()
     dtype = choose_precision(recipe.precision, device)
-    train = partial(train_stage, on_report=on_report, show_progress=show_progress)
+    run_stage = partial(train_stage, on_report=on_report, show_progress=show_progress)
 
     generator = torch.Generator().manual_seed(derive_seed(HEAD_STREAM, seed))
     model = build_model(checkpoint, data.num_classes, generator).to(device)
@@ -107,11 +107,11 @@ def train_one_seed(
         freeze_below_top(model, recipe.stage_1_layers)
         state.begin_stage(1)
         loss = recipe.stage_1_loss(data.stage_1.class_counts(data.num_classes), device)
-        train(state, data.stage_1, loss, recipe.stage_1_settings(dtype, len(data.train)))
+        run_stage(state, data.stage_1, loss, recipe.stage_1_settings(dtype, len(data.train)))
 
     unfreeze(model)
     state.begin_stage(2)
-    train(state, data.train, cross_entropy, recipe.stage_2_settings(dtype))
+    run_stage(state, data.train, cross_entropy, recipe.stage_2_settings(dtype))
 
     logits_NC = predict_logits(model, data.test.store, dtype=dtype, show_progress=show_progress)
     predictions_N = logits_NC.argmax(dim=1).numpy()
@@ -160,6 +160,9 @@ def train_two_stage(
         tables.append(_as_table(augmented, "augmented data"))
     classes = find_classes(tables[0])
     labels = [classes.encode(table) for table in tables]
+    for table, labels_N in zip(tables[2:], labels[2:], strict=True):
+        for c in np.flatnonzero(np.bincount(labels_N, minlength=len(classes)) == 0):
+            raise DataError(f"class '{classes.names[c]}' has no row in {table.source}")
 
     checkpoint = load_checkpoint(model)
     tokenizer = load_tokenizer(model)
@@ -185,6 +188,7 @@ def train_two_stage(
         result = replace(result, seeds=(*result.seeds, seed_result))
         if on_seed_end is not None:
             on_seed_end(result, trained)
+        del trained  # before the next seed's model is built
     return result
 
 

@@ -71,11 +71,17 @@ def test_a_rate_outside_0_to_1_is_refused(rate: float) -> None:
         downsample(Table(["a", "b"], [0, 1]), rate)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_that_numpy_cannot_take_is_refused(seed: int) -> None:
+    with pytest.raises(UsageError, match="seed is"):
+        downsample(Table(["a", "b"], [0, 1]), 0.5, seed)
+
+
 def test_a_class_that_would_vanish_is_named() -> None:
     with pytest.raises(DataError, match=r"rate 0\.1: class 0 \(negative\) has no row left"):
         downsample(Table(["a"] * 12, [1, 1, 1] + [0] * 9), 0.1)
 
 
 def test_labels_other_than_0_and_1_are_refused() -> None:
-    with pytest.raises(DataError, match="class '2' has no row in SST-2"):
+    with pytest.raises(DataError, match=r"row 1: class '2' \(no such row in SST-2"):
         downsample(Table(["a", "b"], [1, 2]), 0.5)

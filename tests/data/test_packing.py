@@ -31,7 +31,8 @@ def test_every_text_of_a_batch_is_whole_and_filler_comes_last(
     store = store_of(lengths)
     rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=12))
     round_to = data.draw(st.sampled_from([1, 32, 64]))
-    batch = pack(store, torch.tensor(rows), round_to)
+    batch = pack(store, torch.tensor(rows), torch.arange(len(lengths)), round_to=round_to)
+    assert batch.labels_B.tolist() == rows
     bounds = batch.cu_seqlens.tolist()
     for row, (start, end) in zip(rows, pairwise(bounds), strict=True):
         expected = store.ids[store.offsets[row] : store.offsets[row + 1]]

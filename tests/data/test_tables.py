@@ -4,6 +4,7 @@ import csv
 import io
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 from hypothesis import given
@@ -161,8 +162,12 @@ def test_classes_sort_as_numbers_if_all_are_integers_else_as_text(
 
 def test_a_label_without_training_row_is_named_with_its_place(tmp_path: Path) -> None:
     classes = find_classes(read_table(write(tmp_path, "text,label\na,0\nb,1\n")))
-    test = read_table(write(tmp_path, "text,label\na,0\nb,2\nc,2\n", "test.csv"))
-    with pytest.raises(DataError, match=r"test\.csv, line 3 and 1 more rows: class '2' has no row"):
+    test = read_table(write(tmp_path, "text,label\na,0\nb,2\nc,7\n", "test.csv"))
+    with pytest.raises(
+        DataError,
+        match=r"2 bad rows: .*test\.csv, line 3: class '2'; .*line 4: class '7' \(no such row in .*"
+        r"train\.csv, whose classes are 0, 1\)",
+    ):
         classes.encode(test)
 
 
@@ -174,5 +179,20 @@ def test_one_class_is_refused() -> None:
 def test_data_in_memory_is_checked() -> None:
     with pytest.raises(DataError, match="2 texts but 1 labels"):
         Table(["a", "b"], [1])
-    with pytest.raises(DataError, match=r"row 1: a text is float \(nan\)"):
-        Table(["a", float("nan")], [1, 0])  # type: ignore[list-item]
+    with pytest.raises(DataError, match=r"row 1: the text is nan; .*row 2: the text is None"):
+        Table(["a", float("nan"), None], [1, 0, 1])  # type: ignore[list-item]
+    for label in (1.0, float("nan"), None, b"x"):
+        with pytest.raises(DataError, match=r"row 1: the label is .* expected a string or an int"):
+            Table(["a", "b"], [1, label])  # type: ignore[list-item]
+    assert find_classes(Table(["a", "b"], [np.int64(3), True])).names == ("1", "3")  # type: ignore[list-item]
+
+
+def test_labels_of_absurd_length_are_names() -> None:
+    long = "9" * 5_000
+    assert find_classes(Table(["a", "b"], ["1", long])).names == ("1", long)
+
+
+def test_a_quote_opened_in_the_header_is_refused_without_printing_the_file(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="line 1: a quote opens in the header") as caught:
+        read_table(write(tmp_path, 'text,"label\n' + "x,1\n" * 1_000))
+    assert len(str(caught.value)) < 300

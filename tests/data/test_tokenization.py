@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from twostage.data.packing import TokenStore
-from twostage.data.tables import Table
+from twostage.data.tables import Table, read_table
 from twostage.data.tokenization import load_tokenizer, tokenize
 from twostage.errors import DataError, ModelError
 
@@ -65,8 +65,9 @@ def test_ids_equal_transformers_on_every_text_of_the_demo_data(
     demo_folder: Path, snippets: Table
 ) -> None:
     folder = demo_folder / "model"
-    store = tokenize(load_tokenizer(folder), snippets.texts, 128)
-    assert ids_of(store) == theirs(folder, list(snippets.texts), 128)
+    texts = [*snippets.texts, *read_table(demo_folder / "dev.tsv").texts]
+    assert len(texts) == 12_752
+    assert ids_of(tokenize(load_tokenizer(folder), texts, 128)) == theirs(folder, texts, 128)
 
 
 @pytest.mark.parametrize(
@@ -104,8 +105,33 @@ def test_no_texts_give_an_empty_store(demo_folder: Path) -> None:
 
 
 def test_an_unpaired_surrogate_is_refused_by_row(demo_folder: Path) -> None:
+    tokenizer = load_tokenizer(demo_folder / "model")
     with pytest.raises(DataError, match="text 1 holds an unpaired surrogate"):
-        tokenize(load_tokenizer(demo_folder / "model"), ["fine", "b\ud800d"], 128)
+        tokenize(tokenizer, ["fine", "b\ud800d"], 128)
+    assert tokenizer.truncation is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [("[]", "not hold a JSON object"), ('{"do_lower_case": "no"}', "wrong type"), ("{", "JSON")],
+)
+def test_broken_settings_beside_vocab_txt_are_refused(
+    demo_folder: Path, tmp_path: Path, settings: str, message: str
+) -> None:
+    folder = without_tokenizer_json(demo_folder / "model", tmp_path / "m")
+    (folder / "tokenizer_config.json").write_text(settings)
+    with pytest.raises(ModelError, match=rf"tokenizer_config\.json.*{message}"):
+        load_tokenizer(folder)
+
+
+def test_a_tokenizer_that_does_not_add_cls_and_sep_is_refused(
+    demo_folder: Path, tmp_path: Path
+) -> None:
+    described = json.loads((demo_folder / "model" / "tokenizer.json").read_text())
+    described["post_processor"] = None
+    (tmp_path / "tokenizer.json").write_text(json.dumps(described))
+    with pytest.raises(ModelError, match=r"does not put \[CLS\] and \[SEP\] around"):
+        load_tokenizer(tmp_path)
 
 
 def test_folders_without_a_usable_tokenizer_are_refused(tmp_path: Path) -> None:
@@ -113,6 +139,9 @@ def test_folders_without_a_usable_tokenizer_are_refused(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     (tmp_path / "vocab.txt").write_text("a\nb\n")
     with pytest.raises(ModelError, match=r"vocab\.txt lacks"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "vocab.txt").write_bytes(b"[CLS]\n\xff\n")
+    with pytest.raises(ModelError, match=r"vocab\.txt is not valid UTF-8"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match=r"tokenizer\.json is not a readable tokenizer"):

@@ -82,7 +82,7 @@ def test_error_against_float64_is_at_most_twice_that_of_the_reference(
     exact = run(reference_cross_entropy, logits_BC.double())
     reference = run(reference_cross_entropy, logits_BC)
     fused = run(fused_cross_entropy, logits_BC)
-    assert run(fused_cross_entropy, logits_BC.float())[0].dtype == torch.float64
+    assert fused_cross_entropy(logits_BC, labels_B, weights_C).dtype == torch.float32
     for ours, plain, true in zip(fused, reference, exact, strict=True):
         floor = 1e-6 * max(1.0, true.norm().item())
         assert (ours - true).norm() <= 2 * (plain - true).norm() + floor
@@ -117,6 +117,35 @@ def test_huge_logits_give_finite_loss_and_gradient() -> None:
     loss.backward()
     assert loss.item() == pytest.approx(3e4)
     torch.testing.assert_close(logits_BC.grad, torch.tensor([[0.5, -0.5], [0.0, 0.0]]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_lose_nothing_on_the_way_to_the_loss(dtype: torch.dtype) -> None:
+    logits_BC, labels_B, weights_C, margins_C = random_inputs((64, 10), dtype)
+    exact = reference_cross_entropy(logits_BC.double(), labels_B, weights_C, margins_C, 1.7)
+    for function in (fused_cross_entropy, reference_cross_entropy):
+        loss = function(logits_BC, labels_B, weights_C, margins_C, 1.7)
+        assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
+
+
+def test_a_loss_scale_brings_tiny_gradients_through_fp16() -> None:
+    logits_BC, labels_B, *_ = random_inputs((4_096, 2), torch.float16)
+    # p is about 0.002 and each gradient p / 4096: a few of the smallest steps that fp16 has.
+    logits_BC = logits_BC / 3 + torch.tensor([3.0, -3.0], dtype=torch.float16)
+    scaled_BC = logits_BC.clone().requires_grad_()
+    (fused_cross_entropy(scaled_BC, labels_B) * 65_536).backward()
+    exact_BC = logits_BC.double().requires_grad_()
+    (F.cross_entropy(exact_BC, labels_B) * 65_536).backward()
+    assert torch.isfinite(scaled_BC.grad).all()
+    torch.testing.assert_close(scaled_BC.grad.double(), exact_BC.grad, rtol=1e-3, atol=2e-6)
+
+
+def test_without_grad_mode_no_gradient_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits_BC, labels_B, *_ = random_inputs((4, 3), torch.float32)
+    monkeypatch.setattr(Tensor, "exp_", lambda self: pytest.fail("computed a gradient"))
+    with torch.no_grad():
+        loss = fused_cross_entropy(logits_BC.requires_grad_(), labels_B)
+    assert not loss.requires_grad
 
 
 def test_non_contiguous_logits() -> None:

@@ -13,6 +13,7 @@ from twostage.model.checkpoint import (
     Checkpoint,
     build_model,
     load_checkpoint,
+    load_classifier,
     save_classifier,
     to_stored,
 )
@@ -59,6 +60,22 @@ def test_load_save_load_is_exact(folder: Path, tiny_checkpoint: Checkpoint, tmp_
     stored = load_file(tmp_path / "saved" / "model.safetensors")
     assert torch.equal(stored["classifier.2.weight"], model.classifier[2].weight)
     assert stored["classifier.0.bias"].shape == (50,)
+
+
+def test_a_saved_classifier_comes_back_with_its_head(folder: Path, tmp_path: Path) -> None:
+    model = build(load_checkpoint(folder))
+    save_classifier(model, tmp_path / "saved", ["so so", "good", "bad"])
+    loaded, names = load_classifier(tmp_path / "saved")
+    assert names == ["so so", "good", "bad"]
+    for (name, ours), theirs in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
+    inputs = (torch.arange(1, 9), torch.arange(8), torch.tensor([0, 8]))
+    assert torch.equal(model(*inputs), loaded(*inputs))
+    with pytest.raises(ModelError, match="names no classes"):
+        load_classifier(folder)
+    rewrite(tmp_path / "saved", lambda s: {n: t for n, t in s.items() if n != "classifier.0.bias"})
+    with pytest.raises(ModelError, match=r"'classifier\.0\.bias' is missing"):
+        load_classifier(tmp_path / "saved")
 
 
 def test_the_real_minilm_survives_load_save_load(demo_folder: Path, tmp_path: Path) -> None:
@@ -184,6 +201,12 @@ def test_a_folder_without_weights_says_so(folder: Path) -> None:
         load_checkpoint(folder)
     (folder / "pytorch_model.bin").touch()
     with pytest.raises(ModelError, match="convert it to safetensors"):
+        load_checkpoint(folder)
+
+
+def test_integer_weights_are_refused(folder: Path) -> None:
+    rewrite(folder, lambda stored: {name: t.to(torch.int8) for name, t in stored.items()})
+    with pytest.raises(ModelError, match=r"is torch\.int8; expected fp32"):
         load_checkpoint(folder)
 
 

@@ -167,12 +167,12 @@ def test_a_non_finite_loss_stops_before_the_weights_change_and_names_the_rows(
 
     monkeypatch.setattr(stage_module._Monitor, "__init__", patched)
     state = make_state(tiny_checkpoint)
-    with pytest.raises(NonFiniteError, match=r"seed 7, stage 2, step 4: .*training rows") as caught:
+    with pytest.raises(NonFiniteError, match="seed 7, stage 2, step 4: ") as caught:
         train_stage(state, data, loss_function, SETTINGS)
     assert calls == (4 if check_every == 1 else 10)
 
     rows = stage_module.epoch_batches("random", data.labels_N, np.zeros(50), 8, (7, 2), 0)[3]
-    assert f"(training rows {', '.join(map(str, rows))}, from 0)" in str(caught.value)
+    assert f"(rows {', '.join(map(str, rows))} of the stage's data" in str(caught.value)
 
     monkeypatch.setattr(stage_module, "REPORT_EVERY", 1)
     expected = make_state(tiny_checkpoint)
@@ -185,6 +185,51 @@ def test_a_non_finite_loss_stops_before_the_weights_change_and_names_the_rows(
         train_stage(expected, data, cross_entropy, SETTINGS, on_report=stop)
     for ours, before in zip(weights(state), weights(expected), strict=True):
         assert torch.equal(ours, before)
+
+    assert (state.step, state.epoch, state.batch) == (3, 0, 3)
+    monkeypatch.undo()
+    train_stage(state, data, cross_entropy, SETTINGS)  # and can go on from there
+    whole = make_state(tiny_checkpoint)
+    train_stage(whole, data, cross_entropy, SETTINGS)
+    for ours, uninterrupted in zip(weights(state), weights(whole), strict=True):
+        assert torch.equal(ours, uninterrupted)
+
+
+def test_masks_differ_by_step_stage_and_seed_and_by_nothing_else(
+    tiny_checkpoint: Checkpoint, data: StageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One text, over and over, at a learning rate of next to nothing: only masks move the loss."""
+    monkeypatch.setattr(stage_module, "REPORT_EVERY", 1)
+    one_text = StageData(
+        TokenStore(data.store.ids[:12], torch.tensor([0, 12])), np.zeros(1, dtype=np.int64)
+    )
+
+    def losses(seed: int, stage: int) -> list[float]:
+        state = make_state(tiny_checkpoint)
+        state.seed = seed
+        state.begin_stage(stage)
+        seen: list[float] = []
+        settings = replace(SETTINGS, epochs=4, learning_rate=1e-30)
+        train_stage(
+            state, one_text, cross_entropy, settings, on_report=lambda r: seen.append(r.loss)
+        )
+        return seen
+
+    first = losses(7, 1)
+    assert first == losses(7, 1)
+    assert len({*first, *losses(7, 2), *losses(8, 1)}) == 12
+
+
+def test_bf16_training_follows_fp32(tiny_checkpoint: Checkpoint, data: StageData) -> None:
+    """The same masks and batches, so that only rounding tells the two runs apart."""
+    ends = []
+    for dtype in (torch.float32, torch.bfloat16):
+        state = make_state(tiny_checkpoint)
+        train_stage(state, data, cross_entropy, replace(SETTINGS, dtype=dtype))
+        ends.append(torch.cat([p.flatten() for p in weights(state)]))
+    start = torch.cat([p.flatten() for p in weights(make_state(tiny_checkpoint))])
+    moved, difference = (ends[0] - start).norm(), (ends[1] - ends[0]).norm()
+    assert 0 < difference < 0.35 * moved
 
 
 def test_no_epochs_is_no_training(tiny_checkpoint: Checkpoint, data: StageData) -> None:

@@ -22,8 +22,7 @@ def downsample(table: Table, rate: float, seed: int = 42) -> tuple[list[str], li
 
     Raises DataError when a label is neither 0 nor 1 or when a class would have no row left.
     """
-    if not 0 < rate <= 1:
-        raise UsageError(f"the rate is {rate}; expected a number above 0, at most 1")
+    check_draw(rate, seed)
     labels = CLASSES.encode(table)
     positives, negatives = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
     keep = int(np.floor(len(negatives) * rate))  # the float64 product: 90 × 0.7 gives 62
@@ -36,6 +35,14 @@ def downsample(table: Table, rate: float, seed: int = 42) -> tuple[list[str], li
     return [table.texts[i] for i in rows], [int(labels[i]) for i in rows]
 
 
+def check_draw(rate: float, seed: int) -> None:
+    """Raise UsageError for a rate or a seed that cannot be used."""
+    if not 0 < rate <= 1:
+        raise UsageError(f"the rate is {rate}; expected a number above 0, at most 1")
+    if not 0 <= seed < 2**32:
+        raise UsageError(f"the seed is {seed}; expected a whole number from 0 to 2**32 - 1")
+
+
 def downsample_folder(
     input_path: Path, output_path: Path, rates: tuple[float, ...] = RATES, seed: int = 42
 ) -> list[tuple[Path, int, int]]:
@@ -43,6 +50,8 @@ def downsample_folder(
 
     Returns (folder, positives, negatives) of each training file.
     """
+    for rate in rates:
+        check_draw(rate, seed)
     train, dev = read_table(input_path / "train.tsv"), read_table(input_path / "dev.tsv")
     dev_labels = [int(label) for label in CLASSES.encode(dev)]
     written = []

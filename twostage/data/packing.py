@@ -50,6 +50,8 @@ class PackedBatch:
     """Real tokens, without filler."""
     max_length: int
     """Tokens of the longest text."""
+    labels_B: Tensor
+    """[B] int64; empty in a batch that is not for training."""
 
     def inputs(self) -> dict[str, Any]:
         """The batch as keyword arguments of `BertClassifier.forward`."""
@@ -65,16 +67,27 @@ class PackedBatch:
         """The batch on `device`, copied without waiting where the device allows it."""
         if device.type == "cpu":
             return self
+
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.pin_memory().to(device, non_blocking=True)
+
         return PackedBatch(
-            self.input_ids_T.pin_memory().to(device, non_blocking=True),
-            self.position_ids_T.pin_memory().to(device, non_blocking=True),
-            self.cu_seqlens.pin_memory().to(device, non_blocking=True),
+            move(self.input_ids_T),
+            move(self.position_ids_T),
+            move(self.cu_seqlens),
             self.num_tokens,
             self.max_length,
+            move(self.labels_B),
         )
 
 
-def pack(store: TokenStore, rows_B: Tensor, round_to: int = ROUND_TOKENS_TO) -> PackedBatch:
+def pack(
+    store: TokenStore,
+    rows_B: Tensor,
+    labels_N: Tensor | None = None,
+    *,
+    round_to: int = ROUND_TOKENS_TO,
+) -> PackedBatch:
     """The texts `rows_B` ([B] int64, B ≥ 1) of the store, in that order, as one batch."""
     starts_B = store.offsets[rows_B]
     lengths_B = store.offsets[rows_B + 1] - starts_B
@@ -90,4 +103,6 @@ def pack(store: TokenStore, rows_B: Tensor, round_to: int = ROUND_TOKENS_TO) -> 
     position_ids_T[:num_tokens] = tokens - cu_seqlens[:-1].repeat_interleave(lengths_B)
     shift_B = starts_B - cu_seqlens[:-1]
     input_ids_T[:num_tokens] = store.ids[tokens + shift_B.repeat_interleave(lengths_B)]
-    return PackedBatch(input_ids_T, position_ids_T, cu_seqlens, num_tokens, int(lengths_B.max()))
+    labels_B = rows_B.new_empty(0) if labels_N is None else labels_N[rows_B]
+    max_length = int(lengths_B.max())
+    return PackedBatch(input_ids_T, position_ids_T, cu_seqlens, num_tokens, max_length, labels_B)

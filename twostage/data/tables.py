@@ -12,18 +12,19 @@ import io
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 
 import numpy as np
 
-from ..errors import DataError, UsageError
+from ..errors import DataError, writing_to
 
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMN = "label"
 MAX_REPORTED = 10
 """Bad rows that one error message names."""
 
-_INTEGER = re.compile(r"[+-]?[0-9]+")
+_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
 # A text that stands in its own row after the last line, unless a quote is still open there.
 _END = "\0end of file"
 
@@ -45,11 +46,18 @@ class Table:
             raise DataError(
                 f"{self.source} has {len(self.texts)} texts but {len(self.labels)} labels"
             )
-        for row, text in enumerate(self.texts):
-            if not isinstance(text, str):
-                raise DataError(
-                    f"{self.where(row)}: a text is {type(text).__name__} ({text!r}); expected str"
-                )
+        bad = [
+            f"{self.where(row)}: the text is {text!r}; expected a string"
+            for row, text in enumerate(self.texts)
+            if not isinstance(text, str)
+        ]
+        bad += [
+            f"{self.where(row)}: the label is {label!r}; expected a string or an integer"
+            for row, label in enumerate(self.labels)
+            if not isinstance(label, (str, Integral))
+        ]
+        if bad:
+            raise DataError(_list_bad_rows(self.source, bad))
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -111,11 +119,9 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
 
     Raises UsageError when the file cannot be written.
     """
-    try:
+    with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_rows(path, header, rows)
-    except OSError as error:
-        raise UsageError(f"cannot write '{path}': {error.strerror}") from error
 
 
 @dataclass(frozen=True)
@@ -135,11 +141,10 @@ class Classes:
         keys = [_class_name(label) for label in table.labels]
         unknown = [row for row, key in enumerate(keys) if key not in index]
         if unknown:
-            first = unknown[0]
-            more = f" and {len(unknown) - 1} more rows" if len(unknown) > 1 else ""
+            bad = [f"{table.where(row)}: class '{table.labels[row]}'" for row in unknown]
             raise DataError(
-                f"{table.where(first)}{more}: class '{table.labels[first]}' has no row in "
-                f"{self.source}, whose classes are {', '.join(self.names)}"
+                _list_bad_rows(table.source, bad)
+                + f" (no such row in {self.source}, whose classes are {', '.join(self.names)})"
             )
         return np.array([index[key] for key in keys], dtype=np.int64)
 
@@ -163,7 +168,7 @@ def find_classes(train: Table) -> Classes:
 
 def _class_name(label: object) -> str:
     """`1`, `"1"`, `"+1"` and `"01"` are the same class."""
-    text = str(label).strip()
+    text = str(int(label) if isinstance(label, Integral) else label).strip()
     return str(int(text)) if _INTEGER.fullmatch(text) else text
 
 
@@ -211,8 +216,10 @@ def _write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
 
 
 def _find_columns(header: list[str], delimiter: str, where: str) -> tuple[int, int]:
+    if header[-1].endswith(_END):
+        raise DataError(f"{where}: a quote opens in the header and is never closed")
     names = [name.strip().lower() for name in header]
-    found = f"the header is: {', '.join(header)}"
+    found = f"the header is: {', '.join(header)[:200]}"
     for column in (*TEXT_COLUMNS, LABEL_COLUMN):
         if names.count(column) > 1:
             raise DataError(f"{where}: column '{column}' occurs twice; {found}")
@@ -229,6 +236,7 @@ def _find_columns(header: list[str], delimiter: str, where: str) -> tuple[int, i
 
 
 def _list_bad_rows(source: str, bad: list[str]) -> str:
+    """One sentence that names up to MAX_REPORTED bad rows."""
     shown = "; ".join(bad[:MAX_REPORTED])
     more = f"; and {len(bad) - MAX_REPORTED} more" if len(bad) > MAX_REPORTED else ""
     plural = "1 bad row" if len(bad) == 1 else f"{len(bad)} bad rows"

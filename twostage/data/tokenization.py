@@ -39,11 +39,11 @@ def load_tokenizer(folder: str | Path) -> "Tokenizer":
         tokenizer = _from_vocabulary(folder)
     else:
         raise ModelError(f"'{folder}' has neither tokenizer.json nor vocab.txt")
-    for token in ("[CLS]", "[SEP]"):
-        if tokenizer.token_to_id(token) is None:
-            raise ModelError(f"the tokenizer of '{folder}' has no token {token}; expected BERT's")
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    # Every text must begin with the token whose hidden state the pooler reads.
+    if tokenizer.encode("").tokens != ["[CLS]", "[SEP]"]:
+        raise ModelError(f"the tokenizer of '{folder}' does not put [CLS] and [SEP] around a text")
     return tokenizer
 
 
@@ -56,20 +56,20 @@ def tokenize(
     show_progress: bool = False,
 ) -> TokenStore:
     """Token ids of all texts, [CLS] and [SEP] included, each cut to `max_length` tokens."""
+    lengths: list[int] = []
+    chunks = [np.zeros(0, dtype=np.int32)]
     tokenizer.enable_truncation(max_length)
-    lengths = np.zeros(len(texts), dtype=np.int64)
-    chunks: list[np.ndarray] = []
-    with progress_bar(description, len(texts), "text", show_progress) as bar:
-        for start in range(0, len(texts), _CHUNK):
-            chunk = list(texts[start : start + _CHUNK])
-            encodings = _encode(tokenizer, chunk, start)
-            lengths[start : start + len(chunk)] = [len(ids) for ids in encodings]
-            chunks += [np.array(ids, dtype=np.int32) for ids in encodings]
-            bar.update(len(chunk))
-    tokenizer.no_truncation()
-    ids = np.concatenate(chunks) if chunks else np.zeros(0, dtype=np.int32)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return TokenStore(torch.from_numpy(ids), torch.from_numpy(offsets))
+    try:
+        with progress_bar(description, len(texts), "text", show_progress) as bar:
+            for start in range(0, len(texts), _CHUNK):
+                encodings = _encode(tokenizer, list(texts[start : start + _CHUNK]), start)
+                lengths += [len(ids) for ids in encodings]
+                chunks += [np.array(ids, dtype=np.int32) for ids in encodings]
+                bar.update(len(encodings))
+    finally:
+        tokenizer.no_truncation()
+    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    return TokenStore(torch.from_numpy(np.concatenate(chunks)), torch.from_numpy(offsets))
 
 
 def _encode(tokenizer: "Tokenizer", texts: list[str], start: int) -> list[list[int]]:
@@ -104,17 +104,25 @@ def _from_vocabulary(folder: Path) -> "Tokenizer":
             settings = json.loads(settings_path.read_text(encoding="utf-8"))
         except ValueError as error:
             raise ModelError(f"{settings_path} is not readable as JSON: {error}") from error
-    with (folder / "vocab.txt").open(encoding="utf-8") as file:
-        vocabulary = {line.rstrip("\n"): index for index, line in enumerate(file)}
+        if not isinstance(settings, dict):
+            raise ModelError(f"{settings_path} does not hold a JSON object")
+    try:
+        with (folder / "vocab.txt").open(encoding="utf-8") as file:
+            vocabulary = {line.rstrip("\n"): index for index, line in enumerate(file)}
+    except UnicodeDecodeError:
+        raise ModelError(f"{folder / 'vocab.txt'} is not valid UTF-8") from None
     if "[UNK]" not in vocabulary or "[CLS]" not in vocabulary or "[SEP]" not in vocabulary:
         raise ModelError(f"{folder / 'vocab.txt'} lacks [UNK], [CLS] or [SEP]; expected BERT's")
 
     tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(
-        lowercase=settings.get("do_lower_case", True),
-        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
-        strip_accents=settings.get("strip_accents"),
-    )
+    try:
+        tokenizer.normalizer = normalizers.BertNormalizer(
+            lowercase=settings.get("do_lower_case", True),
+            handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+            strip_accents=settings.get("strip_accents"),
+        )
+    except TypeError as error:
+        raise ModelError(f"{settings_path}: a setting has the wrong type: {error}") from error
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     cls, sep = vocabulary["[CLS]"], vocabulary["[SEP]"]
     tokenizer.post_processor = processors.TemplateProcessing(

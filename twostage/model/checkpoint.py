@@ -1,5 +1,7 @@
 """Hugging Face checkpoints: `config.json` and `model.safetensors` to and from our parameters.
 
+A trained classifier is such a folder too, with its head as `classifier.0` and `classifier.2`.
+
 One table names each of our parameters and the tensors that it is stored as. Loading reads the table
 from right to left, saving from left to right; both are exact. The only parameter that is stored in
 pieces is `qkv`, which concatenates query, key and value along its rows, so that one matrix
@@ -18,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..errors import ModelError, TwoStageWarning
+from ..errors import ModelError, TwoStageWarning, UsageError
 from .bert import (
     HEAD_SIZE,
     BertClassifier,
@@ -79,22 +81,52 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
             f"there is no model folder '{folder}'; give one that holds config.json, "
             "model.safetensors and tokenizer.json (`twostage fetch demo` makes demo/model)"
         )
-    config = read_config(folder / "config.json")
+    config, _ = read_config(folder / "config.json")
     path = folder / "model.safetensors"
-    if not path.is_file():
-        hint = ""
-        if (folder / "pytorch_model.bin").is_file():
-            hint = "; pytorch_model.bin can run code when it is read: convert it to safetensors"
-        raise ModelError(f"{path} does not exist{hint}")
-    try:
-        stored = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
+    stored = _read_tensors(path)
     return Checkpoint(config, from_stored(stored, config, str(path)))
 
 
-def read_config(path: Path) -> BertConfig:
-    """Read and check `config.json`; what this encoder does not implement is a ModelError."""
+def load_classifier(folder: str | Path) -> tuple[BertClassifier, list[str]]:
+    """A classifier that `save_classifier` wrote, with its head, and the names of its classes."""
+    folder = Path(folder)
+    config, names = read_config(folder / "config.json")
+    path = folder / "model.safetensors"
+    stored = _read_tensors(path)
+    if not names:
+        raise ModelError(f"{folder / 'config.json'} names no classes (id2label): not a classifier")
+    head = {name: stored.pop(name) for name in list(stored) if name.startswith("classifier.")}
+    encoder = from_stored(stored, config, str(path))
+    tensors = head | {f"bert.{name}": tensor for name, tensor in encoder.items()}
+    with torch.device("meta"):
+        expected = dict(BertClassifier(config, len(names)).named_parameters())
+    for name, parameter in expected.items():
+        if name not in tensors or tensors[name].shape != parameter.shape:
+            raise ModelError(
+                f"{path}: '{name}' is missing or does not have shape {list(parameter.shape)}; "
+                "expected a folder that twostage saved"
+            )
+    parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
+    return assemble_classifier(config, parameters), names
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        hint = ""
+        if path.with_name("pytorch_model.bin").is_file():
+            hint = "; pytorch_model.bin can run code when it is read: convert it to safetensors"
+        raise ModelError(f"{path} does not exist{hint}")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def read_config(path: Path) -> tuple[BertConfig, list[str]]:
+    """Read and check `config.json`; what this encoder does not implement is a ModelError.
+
+    Returns the configuration and the names of the classes (`id2label`), if it has any.
+    """
     try:
         raw: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -117,8 +149,12 @@ def read_config(path: Path) -> BertConfig:
     if raw.get("pruned_heads"):
         raise ModelError(f"{path}: pruned_heads is set; pruned encoders are not supported")
     known = {field.name for field in fields(BertConfig)}
+    names = raw.get("id2label", {})
     try:
-        return BertConfig(**{name: value for name, value in raw.items() if name in known})
+        config = BertConfig(**{name: value for name, value in raw.items() if name in known})
+        return config, [str(names[str(i)]) for i in range(len(names))]
+    except KeyError:
+        raise ModelError(f"{path}: id2label is {names!r}; expected keys from 0 on") from None
     except TypeError as error:  # a field without default is missing; Python's message names it
         missing = str(error).split("argument")[-1].lstrip("s: ")
         raise ModelError(f"{path} lacks {missing}") from None
@@ -154,6 +190,10 @@ def from_stored(stored: Mapping[str, Tensor], config: BertConfig, source: str) -
                 raise ModelError(
                     f"{source}: '{name}' has shape {list(by_name[name].shape)}; "
                     f"config.json asks for {list(part_shape)}"
+                )
+            if by_name[name].dtype not in (torch.float32, torch.float16, torch.bfloat16):
+                raise ModelError(
+                    f"{source}: '{name}' is {by_name[name].dtype}; expected fp32, fp16 or bf16"
                 )
         parts = [by_name[name].to(torch.float32) for name in theirs]
         tensors[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -208,7 +248,10 @@ def save_classifier(model: BertClassifier, folder: str | Path, class_names: list
     stored = to_stored(encoder, config.num_hidden_layers)
     stored |= {name: t for name, t in state.items() if name.startswith("classifier.")}
     contiguous = {name: tensor.contiguous() for name, tensor in stored.items()}
-    save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise UsageError(f"cannot write '{folder / 'model.safetensors'}': {error}") from error
     description = {
         "model_type": SAVED_MODEL_TYPE,
         "architectures": ["BertClassifier"],

@@ -4,11 +4,13 @@ Texts are sorted by length and batched by token budget, so that the padding insi
 small and every batch costs the same; the logits come back in the order of the data.
 """
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..data.packing import TokenStore, pack
 from ..data.samplers import length_sorted_batches
+from ..errors import NonFiniteError
 from ..model.bert import BertClassifier
 from ..progress import progress_bar
 from .precision import WorkingCopy
@@ -29,15 +31,22 @@ def predict_logits(
     """[N, C] fp32 logits on the CPU, in the order of `store`; dropout off.
 
     dtype: of forward; the model itself stays as it is.
+    Raises NonFiniteError when a logit is infinite or not a number.
     """
-    device = model.device
     work = WorkingCopy(model, dtype).model
-    logits_NC = torch.empty(len(store), model.num_classes, device=device)
+    batches = length_sorted_batches(store.lengths.numpy(), max_tokens)
+    logits = [torch.empty(0, model.num_classes, device=model.device)]
     with torch.no_grad(), progress_bar(description, len(store), "text", show_progress) as bar:
-        for rows in length_sorted_batches(store.lengths.numpy(), max_tokens):
-            rows_B = torch.from_numpy(rows)
-            batch = pack(store, rows_B).to(device)
-            logits_BC = work(**batch.inputs())
-            logits_NC[rows_B.to(device)] = logits_BC.float()
+        for rows in batches:
+            batch = pack(store, torch.from_numpy(rows)).to(model.device)
+            logits.append(work(**batch.inputs()).float())
             bar.update(len(rows))
-    return logits_NC.cpu()
+    sorted_NC = torch.cat(logits).cpu()
+    order = np.concatenate([np.zeros(0, dtype=np.int64), *batches])
+    logits_NC = torch.empty_like(sorted_NC)
+    logits_NC[torch.from_numpy(order)] = sorted_NC
+    if not torch.isfinite(logits_NC).all():
+        raise NonFiniteError(
+            "the model's logits are not finite: its weights have diverged or were broken before"
+        )
+    return logits_NC

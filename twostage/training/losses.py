@@ -30,7 +30,8 @@ def cross_entropy(
     """(Class-weighted) cross-entropy: −Σ_b w_{y_b} log softmax(logits_b)_{y_b} / Σ_b w_{y_b}.
 
     logits_BC: [B, C]. labels_B: [B] int64. class_weights_C: [C], all ones when None.
-    The same as `torch.nn.functional.cross_entropy` with `weight`.
+    The same as `torch.nn.functional.cross_entropy` with `weight`. Source of the weighting: King &
+    Zeng 2001, "Logistic Regression in Rare Events Data" (the weighted log-likelihood).
     """
     return fused_cross_entropy(logits_BC, labels_B, class_weights_C)
 
@@ -71,7 +72,11 @@ def effective_number_weights(class_counts_C: Sequence[int], beta: float = 0.9999
 
 
 def inverse_frequency_weights(class_counts_C: Sequence[int], power: float = 1.0) -> Tensor:
-    """w_c ∝ 1 / n_c^power, scaled to sum to C. [C] fp32. power 0.5 is the softer common choice."""
+    """w_c ∝ 1 / n_c^power, scaled to sum to C. [C] fp32.
+
+    power 0.5 is the softer choice. Source: Huang et al. 2016, "Learning Deep Representation for
+    Imbalanced Classification" (power 1); Mahajan et al. 2018, arXiv 1805.00932 (power 0.5).
+    """
     return _scaled_to_sum(_checked_counts(class_counts_C) ** -power)
 
 

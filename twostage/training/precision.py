@@ -3,12 +3,14 @@
 The model that a stage trains is fp32: the masters. Forward and backward run on a working copy of it
 in bf16, made once a stage. After backward, gradients go from the copy to the masters in fp32, the
 optimizer steps there, and the new weights go back to the copy in one rounding. So no weight is
-cast per use, and an update smaller than bf16's spacing (1/256 of the weight) is never lost. The
-loss, softmax and the statistics of layer norm are computed in fp32.
+cast per use, and an update smaller than bf16's spacing (1/256 to 1/128 of the weight) is not
+lost. The loss, softmax and the statistics of layer norm are computed in fp32.
 
 The embeddings are shared, not copied (`model/bert.py` says why). With fp32 the working copy is the
 model itself.
 """
+
+import re
 
 import torch
 from torch import Tensor, nn
@@ -23,12 +25,9 @@ def choose_device(name: str) -> torch.device:
     """`auto` (a CUDA GPU if there is one), `cpu`, `cuda` or `cuda:n`."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", name):
         raise UsageError(f"device is '{name}'; expected auto, cpu, cuda or cuda:n")
+    device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UsageError(
             f"device is '{name}', but torch sees {torch.cuda.device_count()} CUDA devices here"
@@ -71,8 +70,11 @@ class WorkingCopy:
             assert work.grad is not None
             master.grad = work.grad.float()
             work.grad = None
-        gradients = [master.grad for master in self.masters]
-        return [gradient for gradient in gradients if gradient is not None]
+        gradients: list[Tensor] = []
+        for parameter in self.masters:
+            assert parameter.grad is not None, "every trained parameter takes part in the loss"
+            gradients.append(parameter.grad)
+        return gradients
 
     def drop_gradients(self) -> None:
         """Free the gradients: the next backward starts from nothing, not from zeros."""

@@ -90,8 +90,8 @@ def train_stage(
 ) -> None:
     """Train `state.model` from where `state` stands to the end of the stage, in place.
 
-    Raises NonFiniteError, naming the step and its rows, when a loss or gradient is not finite; the
-    weights are then those before that step.
+    Raises NonFiniteError, naming the step and its rows, when a loss or gradient is not finite;
+    `state` then stands before that step.
     """
     device = state.model.device
     work = WorkingCopy(state.model, settings.dtype)
@@ -120,20 +120,19 @@ def train_stage(
             batches = batches_of(state.epoch)
             while state.batch < len(batches):
                 rows_B = torch.from_numpy(batches[state.batch])
-                batch = pack(data.store, rows_B).to(device)
-                labels_B = labels_N[rows_B].to(device)
+                batch = pack(data.store, rows_B, labels_N).to(device)
                 generator.manual_seed(
                     derive_seed(DROPOUT_STREAM, state.seed, state.stage, state.step)
                 )
 
                 logits_BC = work.model(**batch.inputs(), generator=generator)
-                loss = loss_function(logits_BC, labels_B)
+                loss = loss_function(logits_BC, batch.labels_B)
                 loss.backward()
 
                 grad_norm = clip_gradients(work.pull_gradients(), settings.max_grad_norm)
                 learning_rate = settings.learning_rate * linear_decay(state.step, schedule_steps)
                 optimizer.param_groups[0]["lr"] = learning_rate
-                # With this flag up, the optimizer's step does nothing.
+                # torch's fused AdamW reads this flag on the device: at 1.0 its step does nothing.
                 optimizer.found_inf = monitor.watch(loss, grad_norm)  # type: ignore[attr-defined]
                 optimizer.step()
                 work.drop_gradients()
@@ -144,9 +143,9 @@ def train_stage(
                 bar.update(1)
                 bad_step = monitor.find_bad_step()
                 if bad_step is not None:
-                    epochs = [batches_of(epoch) for epoch in range(state.epoch + 1)]
-                    rows = [rows for batches in epochs for rows in batches][bad_step]
-                    raise NonFiniteError(_describe_bad_step(state, bad_step, rows))
+                    _return_to(state, bad_step, [batches_of(e) for e in range(state.epoch + 1)])
+                    rows = batches_of(state.epoch)[state.batch]
+                    raise NonFiniteError(_describe_bad_step(state, rows))
                 report = monitor.report(len(rows_B), learning_rate)
                 if report is not None:
                     bar.set_postfix_str(
@@ -171,6 +170,7 @@ class _Monitor:
         self.total_steps = total_steps
         self.check_every = 1 if device.type == "cpu" else REPORT_EVERY
         self.bad = torch.zeros((), device=device)
+        # Counts up to the first bad step, whose number it then is.
         self.finite_steps = torch.full((), float(state.step), device=device)
         self.loss_sum = torch.zeros((), device=device)
         self.grad_norm = torch.zeros((), device=device)
@@ -219,9 +219,18 @@ class _Monitor:
         return report
 
 
-def _describe_bad_step(state: TrainingState, step: int, rows: np.ndarray) -> str:
+def _return_to(state: TrainingState, step: int, batches: list[list[np.ndarray]]) -> None:
+    """Set the counters back to `step`: no step since then has changed weights or optimizer."""
+    state.step, state.epoch, state.batch = step, 0, step
+    while state.batch >= len(batches[state.epoch]):
+        state.batch -= len(batches[state.epoch])
+        state.epoch += 1
+
+
+def _describe_bad_step(state: TrainingState, rows: np.ndarray) -> str:
+    shown = ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
     return (
-        f"seed {state.seed}, stage {state.stage}, step {step + 1}: the loss or the gradient is not "
-        f"finite (training rows {', '.join(map(str, rows))}, from 0); training stopped before that "
-        "step changed the weights: try a lower learning rate, or --precision fp32"
+        f"seed {state.seed}, stage {state.stage}, step {state.step + 1}: the loss or the gradient "
+        f"is not finite (rows {shown} of the stage's data, from 0); training stopped before that "
+        "step changed the weights: try a lower learning rate or fp32 precision"
     )

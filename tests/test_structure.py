@@ -15,13 +15,13 @@ PACKAGE = Path(twostage.__file__).parent
 KERNELS = Path(twostage.kernels.__file__).parent
 SOURCES = sorted({*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")})
 
-# Each room may import the rooms after it, and itself. `errors` and `progress` are open to all.
+# Each layer may import the layers after it, and itself; `errors` and `progress` serve all of them.
 ORDER = ["cli", "demo", "experiment", "two_stage", "recipe", "training", "model|data", "kernels"]
-SIDE_ROOMS = {"assets": {"cli", "demo"}}
-OPEN = {"errors", "progress"}
+SIDE_LAYERS = {"assets": {"cli", "demo"}}
+SHARED = {"errors", "progress"}
 
 
-def room_of(path: Path) -> str:
+def layer_of(path: Path) -> str:
     if path.is_relative_to(KERNELS):
         return "kernels"
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
@@ -41,37 +41,39 @@ def imports_of(path: Path) -> list[tuple[str, bool]]:
             found += [(alias.name, id(node) in top) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
-            names = [node.module] if node.module else [alias.name for alias in node.names]
+            whole = node.module in (None, "twostage")
+            names = [alias.name for alias in node.names] if whole else [node.module]
+            base = ["twostage"] if node.module == "twostage" else base
             found += [(".".join([*base, name]), id(node) in top) for name in names]
     return found
 
 
-def rank(room: str) -> int:
-    return next(i for i, names in enumerate(ORDER) if room in names.split("|"))
+def rank(layer: str) -> int:
+    return next(i for i, names in enumerate(ORDER) if layer in names.split("|"))
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")
 def test_imports_run_downwards_only(path: Path) -> None:
-    room = room_of(path)
-    if room in ("__init__", "__main__"):
-        return  # doors to the whole house
+    layer = layer_of(path)
+    if layer in ("__init__", "__main__"):
+        return  # the entry points
     for module, _ in imports_of(path):
         if not module.startswith("twostage."):
             continue
         target = module.split(".")[1]
-        if target in OPEN or target == room:
+        if target in SHARED or target == layer:
             continue
-        if room in OPEN:
-            pytest.fail(f"{path} imports {module}: rooms open to all stand at the bottom")
-        if target in SIDE_ROOMS:
-            assert room in SIDE_ROOMS[target], f"{path} imports {module}"
+        if layer in SHARED:
+            pytest.fail(f"{path} imports {module}: shared modules stand at the bottom")
+        if target in SIDE_LAYERS:
+            assert layer in SIDE_LAYERS[target], f"{path} imports {module}"
             continue
-        if room in SIDE_ROOMS:
+        if layer in SIDE_LAYERS:
             assert target == "data", f"{path} imports {module}"
             continue
-        if room in ("model", "data"):
+        if layer in ("model", "data"):
             assert target == "kernels", f"{path} imports {module}"
-        assert rank(target) > rank(room), f"{path} imports {module}"
+        assert rank(target) > rank(layer), f"{path} imports {module}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: f"{p.parent.name}/{p.name}")
