@@ -23,13 +23,17 @@ class Recipe:
     epochs_stage_1: int = 1
     """0 is vanilla fine-tuning."""
     epochs_stage_2: int = 1
+    """Passes over the imbalanced data with everything trained."""
     seeds: tuple[int, ...] = (7, 42, 106, 190, 191)
     """Each seed starts again from the pretrained weights."""
     batch_size: int = 16
+    """Texts a step; with the token-budget sampler, on average."""
     max_length: int = 128
     """Tokens at which a text is cut, [CLS] and [SEP] included."""
     learning_rate_stage_1: float = 1e-4
+    """At the first step of stage 1; falls linearly to 0."""
     learning_rate_stage_2: float = 1e-5
+    """At the first step of stage 2; falls linearly to 0."""
     stage_1_layers: int = 1
     """Encoder layers, from the top, that stage 1 trains with the pooler and the head."""
     loss: str | None = None
@@ -38,7 +42,9 @@ class Recipe:
     """Of stage 1: `effective`, `inverse`, `inverse-sqrt`, `none`. None: `none` for `augment`, else
     `effective`."""
     ldam_s: float = 1.0
+    """LDAM's scale of the logits; 1 because ours are not normalised."""
     ldam_max_m: float = 0.5
+    """LDAM's margin of the rarest class."""
     sampler: str = "random"
     """`random` or `token-budget`: both stages. `class-balanced`: stage 1, or, without one, stage 2;
     after a stage 1, stage 2 is random, since it is to see the data as they are."""

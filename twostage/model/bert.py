@@ -43,6 +43,7 @@ class BertConfig:
     hidden_size: int
     """D."""
     num_hidden_layers: int
+    """Encoder layers."""
     num_attention_heads: int
     """H, which divides `hidden_size`."""
     intermediate_size: int
@@ -50,11 +51,15 @@ class BertConfig:
     max_position_embeddings: int = 512
     """Longest sequence in tokens."""
     type_vocab_size: int = 2
+    """Rows of the token-type table, of which only the first is used."""
     hidden_act: str = "gelu"
     """`gelu` (the erf form), `gelu_new` (the tanh form) or `relu`."""
     layer_norm_eps: float = 1e-12
+    """Added to the variance in layer norm."""
     hidden_dropout_prob: float = 0.1
+    """After the embeddings and after both halves of each layer."""
     attention_probs_dropout_prob: float = 0.1
+    """On the attention probabilities."""
 
     def __post_init__(self) -> None:
         for name in (

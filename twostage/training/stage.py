@@ -46,11 +46,17 @@ class StageSettings:
     """Hyperparameters of one stage."""
 
     epochs: int
+    """Passes over the stage's data."""
     learning_rate: float
+    """At the first step."""
     batch_size: int = 16
+    """Texts a step."""
     max_grad_norm: float = 1.0
+    """L2 norm, over all trained parameters, to which the gradient is clipped."""
     weight_decay: float = 0.0
+    """AdamW's, decoupled."""
     sampler: str = "random"
+    """One of `data.samplers.SAMPLERS`."""
     dtype: torch.dtype = torch.float32
     """Precision of forward and backward; the weights that are trained stay fp32."""
     schedule_steps: int | None = None
