@@ -72,23 +72,26 @@ def format_comparison(results: dict[str, Result]) -> str:
     first = next(iter(results.values()))
     tail, names = first.tail_class, first.classes.names
     header = ["", f"tail F1 ('{names[tail]}')", "macro-F1", "micro-F1*"]
-    header += [f"F1_{c} ('{name}')" for c, name in enumerate(names)]
+    header += [*(f"F1_{c} ('{name}')" for c, name in enumerate(names)), "seconds"]
     rows: list[list[object]] = []
     for name, result in results.items():
-        scores = result.seeds[0].metrics
-        rows.append([name, scores.f1_C[tail], scores.macro_f1, scores.micro_f1, *scores.f1_C])
+        outcome = result.seeds[0]
+        scores, seconds = outcome.metrics, round(outcome.seconds)
+        f1s = [scores.f1_C[tail], scores.macro_f1, scores.micro_f1, *scores.f1_C]
+        rows.append([name, *f1s, seconds])
     lines = [
         format_table(header, rows),
         f"* micro-F1 is the accuracy; class '{names[tail]}' has "
         f"{first.class_counts_C[tail]} of {sum(first.class_counts_C)} training rows.",
         "",
-        "Confusion matrices (row: true class, column: predicted class)",
+        "Confusion matrices (row: true class, column: predicted class):",
     ]
     for name, result in results.items():
         confusion_CC = result.seeds[0].metrics.confusion_CC
         header = [name, *(f"predicted '{c}'" for c in names)]
         lines.append(
-            format_table(
+            "\n"
+            + format_table(
                 header,
                 [
                     [f"true '{c}'", *row]
