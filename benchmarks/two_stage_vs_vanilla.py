@@ -19,18 +19,13 @@ import torch
 
 from twostage.assets import fetch_demo
 from twostage.data.downsampling import downsample_folder
-from twostage.demo import DEMO_RECIPE
+from twostage.demo import DEMO_RECIPE, demo_runs, folder_name
 from twostage.experiment import run_experiment
 from twostage.recipe import Recipe
 from twostage.training.precision import choose_device, choose_precision
 from twostage.two_stage import Result
 
 RESULTS = Path(__file__).parent / "results"
-RUNS = {
-    "vanilla": {"method": "vanilla"},
-    "vanilla, 2 epochs": {"method": "vanilla", "epochs_stage_2": 2},
-    "two-stage": {"method": "reweight"},
-}
 
 
 def main() -> None:
@@ -49,11 +44,9 @@ def main() -> None:
     for data_path, positives, negatives in downsample_folder(
         options.data, options.data / "down_sampled", rates
     ):
-        for name, change in RUNS.items():
-            output = options.data / "results" / f"study-{data_path.name}-{name.replace(', ', '-')}"
-            result = run_experiment(
-                options.data / "model", data_path, output, replace(recipe, **change)
-            )
+        for name, run in demo_runs(recipe).items():
+            output = options.data / "results" / f"study-{data_path.name}-{folder_name(name)}"
+            result = run_experiment(options.data / "model", data_path, output, run)
             rows += describe(result, data_path.name, name, positives, negatives)
             save(rows, recipe)
 

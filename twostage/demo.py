@@ -10,15 +10,31 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
-from .assets import fetch_demo
+import numpy as np
+
+from .assets import fetch_demo, is_demo_complete
 from .data.downsampling import check_draw, downsample_folder
 from .errors import writing_to
-from .experiment import format_table, run_experiment
+from .experiment import explain_micro_f1, format_table, run_experiment, score_columns, scores
 from .recipe import Recipe
 from .two_stage import Result
 
 # MiniLM is small and wants larger steps than BERT-base, for which the recipe's rates are made.
 DEMO_RECIPE = Recipe(learning_rate_stage_1=5e-4, learning_rate_stage_2=5e-5)
+
+
+def demo_runs(recipe: Recipe) -> dict[str, Recipe]:
+    """The three runs that are compared, by name: they differ in method and epochs alone."""
+    return {
+        "vanilla": replace(recipe, method="vanilla"),
+        "vanilla, 2 epochs": replace(recipe, method="vanilla", epochs_stage_2=2),
+        "two-stage": replace(recipe, method="reweight"),
+    }
+
+
+def folder_name(run: str) -> str:
+    """A run's name without commas and spaces."""
+    return run.replace(", ", "-").replace(" ", "-")
 
 
 def run_demo(
@@ -32,7 +48,7 @@ def run_demo(
     """Fetch, down-sample to `rate`, train the three runs and compare them. Results by name."""
     check_draw(rate, seed)
     recipe = replace(DEMO_RECIPE, seeds=(seed,))
-    if not (folder / "model").is_dir():
+    if not is_demo_complete(folder):
         say("fetching MiniLM and the critics' snippets (93 MB) ...")
     fetch_demo(folder)
     data_path, positives, negatives = downsample_folder(
@@ -40,19 +56,14 @@ def run_demo(
     )[0]
     say(f"{data_path}: {positives} fresh (1) and {negatives} rotten (0) reviews to learn from\n")
 
-    runs = {
-        "vanilla": replace(recipe, method="vanilla"),
-        "vanilla, 2 epochs": replace(recipe, method="vanilla", epochs_stage_2=2),
-        "two-stage": replace(recipe, method="reweight"),
-    }
     output_path = folder / "results" / f"{rate}-seed-{seed}"
     results: dict[str, Result] = {}
-    for name, run in runs.items():
+    for name, run in demo_runs(recipe).items():
         say(f"{name}:")
         results[name] = run_experiment(
             folder / "model",
             data_path,
-            output_path / name.replace(", ", "-").replace(" ", "-"),
+            output_path / folder_name(name),
             run,
             show_progress=show_progress,
             say=say,
@@ -70,19 +81,15 @@ def run_demo(
 def format_comparison(results: dict[str, Result]) -> str:
     """Scores side by side, then each run's confusion matrix."""
     first = next(iter(results.values()))
-    tail, names = first.tail_class, first.classes.names
-    header = ["", f"tail F1 ('{names[tail]}')", "macro-F1", "micro-F1*"]
-    header += [*(f"F1_{c} ('{name}')" for c, name in enumerate(names)), "seconds"]
-    rows: list[list[object]] = []
-    for name, result in results.items():
-        outcome = result.seeds[0]
-        scores, seconds = outcome.metrics, round(outcome.seconds)
-        f1s = [scores.f1_C[tail], scores.macro_f1, scores.micro_f1, *scores.f1_C]
-        rows.append([name, *f1s, seconds])
+    names = first.classes.names
+    header = ["", *score_columns(first), "seconds"]
+    rows: list[list[object]] = [
+        [name, *scores(result)[0], round(result.seeds[0].seconds)]
+        for name, result in results.items()
+    ]
     lines = [
         format_table(header, rows),
-        f"* micro-F1 is the accuracy; class '{names[tail]}' has "
-        f"{first.class_counts_C[tail]} of {sum(first.class_counts_C)} training rows.",
+        explain_micro_f1(first) + ".",
         "",
         "Confusion matrices (row: true class, column: predicted class):",
     ]
@@ -113,8 +120,8 @@ def save_figure(results: dict[str, Result], path: Path) -> None:
     bars, *squares = figure.subplots(1, 1 + len(results), width_ratios=widths)
     groups = [f"F1 '{c}'" for c in names] + ["macro-F1"]
     for i, (name, result) in enumerate(results.items()):
-        scores = result.seeds[0].metrics
-        heights = [*scores.f1_C, scores.macro_f1]
+        metrics = result.seeds[0].metrics
+        heights = [*metrics.f1_C, metrics.macro_f1]
         places = [group + 0.8 * (i + 0.5) / len(results) - 0.4 for group in range(len(groups))]
         drawn = bars.bar(places, heights, 0.8 / len(results), label=name)
         bars.bar_label(drawn, fmt="%.2f", fontsize=7)
@@ -126,7 +133,7 @@ def save_figure(results: dict[str, Result], path: Path) -> None:
         confusion_CC = result.seeds[0].metrics.confusion_CC
         share_CC = confusion_CC / confusion_CC.sum(axis=1, keepdims=True).clip(min=1)
         axes.imshow(share_CC, cmap="Blues", vmin=0, vmax=1)
-        for (true, predicted), count in [((t, p), confusion_CC[t, p]) for t, p in _cells(names)]:
+        for (true, predicted), count in np.ndenumerate(confusion_CC):
             color = "white" if share_CC[true, predicted] > 0.5 else "black"
             axes.text(predicted, true, str(count), ha="center", va="center", color=color)
         axes.set(title=name, xlabel="predicted", ylabel="true")
@@ -134,7 +141,3 @@ def save_figure(results: dict[str, Result], path: Path) -> None:
         axes.set_yticks(range(len(names)), names)
     with writing_to(path):
         figure.savefig(path, dpi=150)
-
-
-def _cells(names: tuple[str, ...]) -> list[tuple[int, int]]:
-    return [(true, predicted) for true in range(len(names)) for predicted in range(len(names))]

@@ -63,7 +63,7 @@ def run_experiment(
             names = list(result.classes.names)
             _save_model(trained, model, names, output_path / f"seed-{result.seeds[-1].seed}")
         finished += 1
-        say(describe_seed(result, -1))
+        say(describe_last_seed(result))
 
     with log_file:
         log = csv.writer(log_file, lineterminator="\n")
@@ -117,9 +117,9 @@ def write_results(result: Result, folder: Path) -> None:
     write_table(folder / "ave_sst.csv", header, [[0, *means]])
 
 
-def describe_seed(result: Result, index: int) -> str:
-    """One line on one seed: the tail class's F1 and macro-F1 first."""
-    outcome = result.seeds[index]
+def describe_last_seed(result: Result) -> str:
+    """One line on the seed that has just ended: the tail class's F1 and macro-F1 first."""
+    outcome = result.seeds[-1]
     tail = result.tail_class
     return (
         f"seed {outcome.seed}: F1 of tail class '{result.classes.names[tail]}' "
@@ -130,24 +130,49 @@ def describe_seed(result: Result, index: int) -> str:
 
 def format_results(result: Result) -> str:
     """The table of all seeds and their mean, ending with what micro-F1 is."""
-    tail, names = result.tail_class, result.classes.names
-    # The per-class columns of a long list of classes would not fit a line; results.csv has all.
-    shown = range(len(names)) if len(names) <= 8 else range(0)
-    header = ["", f"tail F1 ('{names[tail]}')", "macro-F1", "micro-F1*"]
-    header += [f"F1_{c} ('{names[c]}')" for c in shown]
-    scores = [
-        [s.metrics.f1_C[tail], s.metrics.macro_f1, s.metrics.micro_f1, *s.metrics.f1_C[list(shown)]]
-        for s in result.seeds
+    rows: list[list[object]] = [
+        [f"seed {s.seed}", *row] for s, row in zip(result.seeds, scores(result), strict=True)
     ]
-    rows = [[f"seed {s.seed}", *row] for s, row in zip(result.seeds, scores, strict=True)]
     if len(rows) > 1:
-        rows.append(["mean", *np.mean(scores, axis=0)])
-    tail_count = result.class_counts_C[tail]
+        rows.append(["mean", *np.mean(scores(result), axis=0)])
     return (
-        format_table(header, rows)
-        + f"\n* micro-F1 is the accuracy; class '{names[tail]}' has {tail_count} of "
-        f"{sum(result.class_counts_C)} training rows, so judge by its F1 and by macro-F1."
+        format_table(["", *score_columns(result)], rows)
+        + f"\n{explain_micro_f1(result)}, so judge by its F1 and by macro-F1."
     )
+
+
+def score_columns(result: Result) -> list[str]:
+    """Headings of the columns that `scores` fills."""
+    names = result.classes.names
+    head = [f"tail F1 ('{names[result.tail_class]}')", "macro-F1", "micro-F1*"]
+    return head + [f"F1_{c} ('{names[c]}')" for c in _shown_classes(result)]
+
+
+def scores(result: Result) -> list[list[float]]:
+    """A row a seed: the tail class's F1, macro-F1, micro-F1, then the F1s of the classes."""
+    return [
+        [
+            m.f1_C[result.tail_class],
+            m.macro_f1,
+            m.micro_f1,
+            *(m.f1_C[c] for c in _shown_classes(result)),
+        ]
+        for m in (outcome.metrics for outcome in result.seeds)
+    ]
+
+
+def explain_micro_f1(result: Result) -> str:
+    """The note to the starred column, without its full stop."""
+    tail = result.tail_class
+    return (
+        f"* micro-F1 is the accuracy; class '{result.classes.names[tail]}' has "
+        f"{result.class_counts_C[tail]} of {sum(result.class_counts_C)} training rows"
+    )
+
+
+def _shown_classes(result: Result) -> range:
+    """The columns of a long list of classes would not fit a line; results.csv has them all."""
+    return range(len(result.classes)) if len(result.classes) <= 8 else range(0)
 
 
 def format_table(header: list[str], rows: list[list[object]]) -> str:
@@ -169,7 +194,7 @@ def _read_data(data_path: Path, recipe: Recipe) -> tuple[Table, Table, Table | N
             f"there is no data folder '{data_path}'; it should hold train.csv, test.csv"
         )
     train, test = read_table(data_path / "train.csv"), read_table(data_path / "test.csv")
-    if recipe.method != "augment" or not recipe.has_stage_1:
+    if not recipe.needs_augmented:
         return train, test, None
     path = data_path / "aug.csv"
     if not path.is_file():

@@ -90,6 +90,10 @@ class Recipe:
     def has_stage_1(self) -> bool:
         return self.method != "vanilla" and self.epochs_stage_1 > 0
 
+    @property
+    def needs_augmented(self) -> bool:
+        return self.method == "augment" and self.has_stage_1
+
     def stage_1_settings(self, dtype: torch.dtype, num_train: int) -> StageSettings:
         """num_train: rows of the imbalanced data, by which the published code counts its steps."""
         upstream_steps = self.epochs_stage_1 * -(-num_train // self.batch_size)

@@ -154,7 +154,7 @@ def train_two_stage(
     recipe = recipe or Recipe()
     device = choose_device(recipe.device)
     tables = [_as_table(train, "train data"), _as_table(test, "test data")]
-    if recipe.method == "augment" and recipe.has_stage_1:
+    if recipe.needs_augmented:
         if augmented is None:
             raise DataError("method 'augment' needs augmented data, and none was given")
         tables.append(_as_table(augmented, "augmented data"))

@@ -25,7 +25,6 @@ def predict_logits(
     *,
     dtype: torch.dtype = torch.float32,
     max_tokens: int = EVALUATION_TOKENS,
-    description: str = "evaluating",
     show_progress: bool = False,
 ) -> Tensor:
     """[N, C] fp32 logits on the CPU, in the order of `store`; dropout off.
@@ -36,7 +35,7 @@ def predict_logits(
     work = WorkingCopy(model, dtype).model
     batches = length_sorted_batches(store.lengths.numpy(), max_tokens)
     logits = [torch.empty(0, model.num_classes, device=model.device)]
-    with torch.no_grad(), progress_bar(description, len(store), "text", show_progress) as bar:
+    with torch.no_grad(), progress_bar("evaluating", len(store), "text", show_progress) as bar:
         for rows in batches:
             batch = pack(store, torch.from_numpy(rows)).to(model.device)
             logits.append(work(**batch.inputs()).float())
