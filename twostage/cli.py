@@ -106,7 +106,7 @@ def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
         "see on real text what two stages change, in minutes",
         "twostage demo --rate 0.2 --seed 7",
     )
-    parser.add_argument("--rate", type=float, default=0.1, help="share of rotten reviews to keep")
+    parser.add_argument("--rate", type=float, default=0.1, help="rotten reviews to keep for each fresh one")
     parser.add_argument("--seed", type=int, default=42, help="seed of the three runs")
     parser.add_argument("--to", type=Path, default=Path("demo"), metavar="DIR", help="work here")
     parser.set_defaults(run=_demo)
@@ -152,7 +152,7 @@ def _add_downsample(commands: "_Commands[argparse.ArgumentParser]") -> None:
         type=_numbers(float),
         default="0.1,0.2,0.3,0.4,0.5,0.6,0.7",
         metavar="R,R,...",
-        help="shares of negatives to keep",
+        help="negatives to keep for each positive",
     )
     parser.add_argument("--seed", type=int, default=42, help="of the draws; published: 42")
     parser.set_defaults(run=_downsample)

@@ -18,7 +18,7 @@ def published(input_path: Path, output_path: Path, rate: float) -> None:
     train = pd.read_csv(input_path / "train.tsv", **read)
     test = pd.read_csv(input_path / "dev.tsv", **read)
     positive, negative = train[train.label == 1], train[train.label == 0]
-    negative = negative.sample(n=int(len(negative) * rate), random_state=42)
+    negative = negative.sample(n=int(len(positive) * rate), random_state=42)
     mixed = pd.concat([positive, negative]).sample(frac=1, random_state=42)
     output_path.mkdir(parents=True)
     for frame, name in ((mixed, "train.csv"), (test, "test.csv")):
@@ -35,7 +35,7 @@ def synthetic_folder(folder: Path, positives: int, negatives: int) -> Path:
 
 
 @pytest.mark.parametrize("rate", RATES)
-@pytest.mark.parametrize("counts", [(130, 90), (11, 10), (37, 1001)])
+@pytest.mark.parametrize("counts", [(90, 130), (11, 10), (37, 1001)])
 def test_files_equal_pandas_on_hostile_text(
     tmp_path: Path, rate: float, counts: tuple[int, int]
 ) -> None:
@@ -60,9 +60,19 @@ def test_files_equal_pandas_on_the_demo_data_at_all_seven_rates(
 
 
 def test_the_number_of_negatives_is_the_float64_product_cut_off() -> None:
-    table = Table(["x"] * 100, [1] * 10 + [0] * 90)
+    table = Table(["x"] * 200, [1] * 90 + [0] * 110)
     assert downsample(table, 0.7)[1].count(0) == 62  # 90 × 0.7 is 62.999…
-    assert downsample(table, 0.7)[1].count(1) == 10
+    assert downsample(table, 0.7)[1].count(1) == 90
+
+
+def test_sst2_at_rate_0_2_has_the_published_number_of_rows() -> None:
+    table = Table(["x"] * 67_349, [1] * 37_569 + [0] * 29_780)
+    assert len(downsample(table, 0.2)[0]) == 45_082
+
+
+def test_more_negatives_than_there_are_is_one_sentence() -> None:
+    with pytest.raises(DataError, match=r"has 5 negatives; rate 0\.5 of its 20 positives asks for 10"):
+        downsample(Table(["x"] * 25, [1] * 20 + [0] * 5), 0.5)
 
 
 @pytest.mark.parametrize("rate", [0, -0.1, 1.5, float("nan")])

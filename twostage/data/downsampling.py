@@ -1,9 +1,9 @@
 """Making balanced data imbalanced: the published down-sampling of SST-2.
 
-Keep every positive text and the fraction `rate` of the negatives, then shuffle. The draws are
-those of pandas' `sample(random_state=42)`, written with numpy's legacy generator, so that our files
-are byte for byte the published ones. Source: ValizadehAslani et al. 2022 (arXiv 2207.10858) and
-its code.
+Keep every positive text and, for `rate` times as many, negatives; then shuffle. The rate is thus
+the ratio of the two classes, not the share of the negatives that stays. The draws are those of
+pandas' `sample(random_state=42)`, written with numpy's legacy generator, so that our files are byte
+for byte the published ones. Source: ValizadehAslani et al. 2022 (arXiv 2207.10858) and its code.
 """
 
 from pathlib import Path
@@ -18,17 +18,23 @@ RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 
 
 def downsample(table: Table, rate: float, seed: int = 42) -> tuple[list[str], list[int]]:
-    """Texts and labels (0, 1) with all positives and `floor(n_negative * rate)` negatives.
+    """Texts and labels (0, 1) with all positives and `floor(n_positive * rate)` negatives.
 
-    Raises DataError when a label is neither 0 nor 1 or when a class would have no row left.
+    Raises DataError when a label is neither 0 nor 1, when a class would have no row left, or when
+    there are fewer negatives than that.
     """
     check_draw(rate, seed)
     labels = CLASSES.encode(table)
     positives, negatives = np.flatnonzero(labels == 1), np.flatnonzero(labels == 0)
-    keep = int(np.floor(len(negatives) * rate))  # the float64 product: 90 × 0.7 gives 62
+    keep = int(np.floor(len(positives) * rate))  # the float64 product: 90 × 0.7 gives 62
     for name, left in (("1 (positive)", len(positives)), ("0 (negative)", keep)):
         if left == 0:
             raise DataError(f"{table.source} at rate {rate}: class {name} has no row left")
+    if keep > len(negatives):
+        raise DataError(
+            f"{table.source} has {len(negatives)} negatives; rate {rate} of its {len(positives)} "
+            f"positives asks for {keep}: give a lower rate"
+        )
     kept = negatives[np.random.RandomState(seed).choice(len(negatives), size=keep, replace=False)]
     rows = np.concatenate([positives, kept])
     rows = rows[np.random.RandomState(seed).choice(len(rows), size=len(rows), replace=False)]
