@@ -18,6 +18,7 @@ TEST = [
     "pytest>=8",
     "hypothesis>=6.100",
     "transformers>=5.0",
+    "accelerate>=1.0",
     "scikit-learn>=1.5",
     "pandas>=2.2",
     "setuptools>=77",
@@ -35,6 +36,7 @@ setup(
     python_requires=">=3.11",
     packages=[
         "twostage",
+        "twostage.assets",
         "twostage.data",
         "twostage.kernels",
         "twostage.model",

@@ -8,7 +8,7 @@ import torch
 import transformers
 from hypothesis import settings
 
-from twostage.assets import fetch_demo
+from twostage.assets.data_sets import fetch_demo
 from twostage.data.tables import Table, read_table
 from twostage.model.bert import BertConfig
 from twostage.model.checkpoint import Checkpoint, tensor_names

@@ -10,6 +10,7 @@ from matplotlib.image import imread
 from twostage import demo
 from twostage.data.tables import read_table, write_table
 from twostage.errors import UsageError
+from twostage.experiment import ExperimentData
 from twostage.recipe import Recipe
 from twostage.two_stage import Result
 
@@ -63,7 +64,9 @@ def test_the_three_runs_differ_only_in_method_and_epochs(
     recipes: list[Recipe] = []
     original = demo.run_experiment
 
-    def spy(model: Path, data: Path, output: Path, recipe: Recipe, **kw: object) -> Result:
+    def spy(
+        model: Path, data: ExperimentData, output: Path, recipe: Recipe, **kw: object
+    ) -> Result:
         recipes.append(recipe)
         return original(model, data, output, recipe, **kw)  # type: ignore[arg-type]
 

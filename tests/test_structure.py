@@ -15,10 +15,21 @@ PACKAGE = Path(twostage.__file__).parent
 KERNELS = Path(twostage.kernels.__file__).parent
 SOURCES = sorted({*PACKAGE.rglob("*.py"), *KERNELS.rglob("*.py")})
 
-# Each layer may import the layers after it, and itself; `errors` and `progress` serve all of them.
-ORDER = ["cli", "demo", "experiment", "two_stage", "recipe", "training", "model|data", "kernels"]
+# Each layer may import the layers after it, and itself; the shared modules serve all of them.
+ORDER = [
+    "cli",
+    "demo",
+    "experiment",
+    "report",
+    "saved_model",
+    "two_stage",
+    "recipe",
+    "training",
+    "model|data",
+    "kernels",
+]
 SIDE_LAYERS = {"assets": {"cli", "demo"}}
-SHARED = {"errors", "progress"}
+SHARED = {"errors", "files", "progress"}
 
 
 def layer_of(path: Path) -> str:

@@ -14,9 +14,15 @@ from torch.nn import functional as F
 
 from twostage import Recipe, Table, train_two_stage
 from twostage.data.samplers import random_batches
+from twostage.data.tokenization import load_tokenizer
 from twostage.errors import DataError, ModelError, TwoStageWarning, UsageError
 from twostage.model.bert import BertClassifier
-from twostage.model.checkpoint import Checkpoint, build_model, load_checkpoint, save_classifier
+from twostage.model.checkpoint import (
+    Checkpoint,
+    build_model,
+    load_checkpoint,
+)
+from twostage.saved_model import ModelInfo, save_model
 from twostage.training import stage as stage_module
 from twostage.training.stage import StageSettings, StepReport, train_stage
 from twostage.training.state import HEAD_STREAM, derive_seed
@@ -330,9 +336,8 @@ def test_a_recipe_that_does_not_fit_the_model_is_refused(tiny: Path) -> None:
     smaller = replace(checkpoint.config, vocab_size=1_000)
     tensors = dict(checkpoint.tensors)
     tensors["embeddings.word.weight"] = tensors["embeddings.word.weight"][:1_000]
-    save_classifier(
-        build_model(Checkpoint(smaller, tensors), 2, torch.Generator()), tiny, ["0", "1"]
-    )
+    model = build_model(Checkpoint(smaller, tensors), 2, torch.Generator())
+    save_model(tiny, model, load_tokenizer(tiny), ModelInfo(("0", "1"), (1, 1), 128))
     with (
         pytest.warns(TwoStageWarning, match="not used"),
         pytest.raises(ModelError, match=r"tokenizer .* has 30522 tokens.*vocab_size 1000"),

@@ -74,6 +74,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_fetch(commands)
     _add_downsample(commands)
     _add_train(commands)
+    _add_evaluate(commands)
     return parser
 
 
@@ -106,7 +107,9 @@ def _add_demo(commands: "_Commands[argparse.ArgumentParser]") -> None:
         "see on real text what two stages change, in minutes",
         "twostage demo --rate 0.2 --seed 7",
     )
-    parser.add_argument("--rate", type=float, default=0.1, help="rotten reviews to keep for each fresh one")
+    parser.add_argument(
+        "--rate", type=float, default=0.1, help="rotten reviews to keep for each fresh one"
+    )
     parser.add_argument("--seed", type=int, default=42, help="seed of the three runs")
     parser.add_argument("--to", type=Path, default=Path("demo"), metavar="DIR", help="work here")
     parser.set_defaults(run=_demo)
@@ -116,11 +119,21 @@ def _add_fetch(commands: "_Commands[argparse.ArgumentParser]") -> None:
     parser = _add_command(
         commands,
         "fetch",
-        "download the demo's encoder and texts, once",
-        "twostage fetch demo --to demo",
+        "download a data set or an encoder, once",
+        "twostage fetch sst2 --to SST-2",
     )
-    parser.add_argument("name", metavar="NAME", choices=("demo",), help="what to download: demo")
-    parser.add_argument("--to", type=Path, default=Path("demo"), metavar="DIR", help="put it here")
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        help="sst2; aug (the authors' augmented data for rate 0.2); demo; or a model of the Hugging "
+        "Face Hub, such as bert-base-uncased",
+    )
+    parser.add_argument(
+        "--to",
+        type=Path,
+        metavar="DIR",
+        help="put it here (default: SST-2, down_sampled/0.2, demo, the Hub's own cache)",
+    )
     parser.set_defaults(run=_fetch)
 
 
@@ -155,6 +168,7 @@ def _add_downsample(commands: "_Commands[argparse.ArgumentParser]") -> None:
         help="negatives to keep for each positive",
     )
     parser.add_argument("--seed", type=int, default=42, help="of the draws; published: 42")
+    _add_encoding(parser)
     parser.set_defaults(run=_downsample)
 
 
@@ -187,10 +201,10 @@ def _add_train(commands: "_Commands[argparse.ArgumentParser]") -> None:
     add("-f", "--epoch-stage-2", type=int, default=1, metavar="N", help="epochs of stage 2")
     add(
         "--model",
-        type=Path,
-        default=Path("bert-base-uncased"),
-        metavar="DIR",
-        help="folder with config.json, model.safetensors and tokenizer.json or vocab.txt",
+        default="bert-base-uncased",
+        metavar="NAME",
+        help="model of the Hugging Face Hub, downloaded on first use, or a folder with "
+        "config.json, model.safetensors and tokenizer.json or vocab.txt",
     )
     add("--seeds", type=_numbers(int), default="7,42,106,190,191", metavar="N,N,...", help="runs")
     add("--batch-size", type=int, default=16, metavar="N", help="texts in a batch")
@@ -207,9 +221,8 @@ def _add_train(commands: "_Commands[argparse.ArgumentParser]") -> None:
     add("--ldam-s", type=float, default=1.0, metavar="X", help="scale of the logits in LDAM")
     add("--ldam-max-m", type=float, default=0.5, metavar="X", help="margin of the rarest class")
     add("--sampler", default="random", help="random, class-balanced (stage 1) or token-budget")
-    add("--precision", default="auto", help="auto, fp32 or bf16")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)")
+    _add_machine(parser)
+    _add_encoding(parser)
     add("--save-models", action="store_true", help="keep each seed's model in seed-N/")
     add(
         "--upstream-schedule",
@@ -219,6 +232,47 @@ def _add_train(commands: "_Commands[argparse.ArgumentParser]") -> None:
     parser.set_defaults(run=_train)
 
 
+def _add_evaluate(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    parser = _add_command(
+        commands,
+        "evaluate",
+        "score a trained model on labelled texts",
+        "twostage evaluate --model results/two-stage/seed-7 -d down_sampled/0.2/test.csv",
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a seed's folder that train --save-models wrote",
+    )
+    parser.add_argument(
+        "-d",
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="CSV or TSV with the columns text and label",
+    )
+    _add_machine(parser)
+    _add_encoding(parser)
+    parser.set_defaults(run=_evaluate)
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)"
+    )
+
+
+def _add_encoding(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--encoding", default="utf-8", metavar="NAME", help="of the tables, such as cp1252"
+    )
+
+
 def _demo(options: argparse.Namespace) -> None:
     from .demo import run_demo
 
@@ -226,31 +280,40 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _fetch(options: argparse.Namespace) -> None:
-    from .assets import fetch_demo
+    from .assets.data_sets import fetch_aug, fetch_demo, fetch_sst2
+    from .assets.hub import fetch_model
 
-    fetched = fetch_demo(options.to)
-    print(f"{options.to}: train.tsv, dev.tsv and model/{'' if fetched else ' were there already'}")
+    data_sets = {
+        "sst2": (fetch_sst2, Path("SST-2"), "train.tsv and dev.tsv"),
+        "aug": (fetch_aug, Path("down_sampled/0.2"), "aug.csv"),
+        "demo": (fetch_demo, Path("demo"), "train.tsv, dev.tsv and model/"),
+    }
+    if options.name not in data_sets:
+        print(fetch_model(options.name, options.to, show_progress=True))
+        return
+    fetch, default_folder, files = data_sets[options.name]
+    folder = options.to or default_folder
+    fetched = fetch(folder, show_progress=True)
+    print(f"{folder}: {files}{'' if fetched else ' were there already'}")
 
 
 def _downsample(options: argparse.Namespace) -> None:
     from .data.downsampling import downsample_folder
 
     for folder, positives, negatives in downsample_folder(
-        options.input_path, options.output_path, options.rates, options.seed
+        options.input_path, options.output_path, options.rates, options.seed, options.encoding
     ):
         print(f"{folder}: {positives} positive, {negatives} negative")
 
 
 def _train(options: argparse.Namespace) -> None:
-    import torch
-
-    from .experiment import format_results, run_experiment
+    from .assets.hub import find_model
+    from .experiment import read_data, run_experiment
     from .recipe import Recipe
+    from .report import format_results
+    from .training.precision import choose_device
 
-    if options.threads is not None:
-        if options.threads < 1:
-            raise UsageError(f"threads is {options.threads}; expected a whole number, 1 or more")
-        torch.set_num_threads(options.threads)
+    _set_threads(options.threads)
     recipe = Recipe(
         method=options.method,
         epochs_stage_1=options.epoch_stage_1,
@@ -270,16 +333,45 @@ def _train(options: argparse.Namespace) -> None:
         device=options.device,
         upstream_schedule=options.upstream_schedule,
     )
+    # What can be wrong without the model is found before the model is downloaded.
+    choose_device(recipe.device)
+    data = read_data(options.data_path, recipe, options.encoding)
     result = run_experiment(
-        options.model,
-        options.data_path,
+        find_model(options.model, show_progress=True),
+        data,
         options.output_path,
         recipe,
         save_models=options.save_models,
         show_progress=True,
     )
     print("\n" + format_results(result))
-    print(f"written: {options.output_path}/results.csv, ave_sst.csv, log.csv")
+    print(f"written: {options.output_path}/results.csv, ave_sst.csv, metrics.json, log.csv")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from .experiment import evaluate_file
+    from .report import format_evaluation
+
+    _set_threads(options.threads)
+    metrics, info = evaluate_file(
+        options.model,
+        options.data,
+        device=options.device,
+        precision=options.precision,
+        encoding=options.encoding,
+        show_progress=True,
+    )
+    print(format_evaluation(metrics, info.class_names, info.class_counts_C))
+
+
+def _set_threads(threads: int | None) -> None:
+    import torch
+
+    if threads is None:
+        return
+    if threads < 1:
+        raise UsageError(f"threads is {threads}; expected a whole number, 1 or more")
+    torch.set_num_threads(threads)
 
 
 def _numbers(kind: type[int] | type[float]) -> Callable[[str], tuple[float, ...]]:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from .assets import fetch_demo, is_demo_complete
+from .assets.data_sets import fetch_demo, is_demo_complete
 from .data.downsampling import check_draw, downsample_folder
 from .errors import writing_to
-from .experiment import explain_micro_f1, format_table, run_experiment, score_columns, scores
+from .experiment import read_data, run_experiment
 from .recipe import Recipe
+from .report import explain_micro_f1, format_confusion, format_table, score_columns, scores
 from .two_stage import Result
 
 # MiniLM is small and wants larger steps than BERT-base, for which the recipe's rates are made.
@@ -62,7 +63,7 @@ def run_demo(
         say(f"{name}:")
         results[name] = run_experiment(
             folder / "model",
-            data_path,
+            read_data(data_path, run),
             output_path / folder_name(name),
             run,
             show_progress=show_progress,
@@ -89,23 +90,13 @@ def format_comparison(results: dict[str, Result]) -> str:
     ]
     lines = [
         format_table(header, rows),
-        explain_micro_f1(first) + ".",
+        explain_micro_f1(names, first.class_counts_C),
         "",
         "Confusion matrices (row: true class, column: predicted class):",
     ]
     for name, result in results.items():
         confusion_CC = result.seeds[0].metrics.confusion_CC
-        header = [name, *(f"predicted '{c}'" for c in names)]
-        lines.append(
-            "\n"
-            + format_table(
-                header,
-                [
-                    [f"true '{c}'", *row]
-                    for c, row in zip(names, confusion_CC.tolist(), strict=True)
-                ],
-            )
-        )
+        lines.append("\n" + format_confusion(name, confusion_CC, names))
     return "\n".join(lines)
 
 

@@ -20,8 +20,15 @@ class _Silent:
 
 
 @contextmanager
-def progress_bar(description: str, total: int, unit: str, show: bool) -> Iterator[Bar]:
-    """A bar on standard error; silent when `show` is false or standard error is not a terminal."""
+def progress_bar(
+    description: str, total: int | None, unit: str, show: bool, *, initial: int = 0
+) -> Iterator[Bar]:
+    """A bar on standard error; silent when `show` is false or standard error is not a terminal.
+
+    total: None where nobody knows it yet
+    unit: `"B"` is bytes, shown as kB and MB
+    initial: what was done before, as when a download goes on where it stopped
+    """
     if not show:
         yield _Silent()
         return
@@ -29,6 +36,13 @@ def progress_bar(description: str, total: int, unit: str, show: bool) -> Iterato
 
     # `disable=None`: tqdm's own test for a terminal
     with tqdm(
-        total=total, desc=description, unit=unit, disable=None, leave=False, dynamic_ncols=True
+        total=total,
+        desc=description,
+        unit=unit,
+        unit_scale=unit == "B",
+        initial=initial,
+        disable=None,
+        leave=False,
+        dynamic_ncols=True,
     ) as bar:
         yield bar

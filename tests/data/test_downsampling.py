@@ -71,7 +71,9 @@ def test_sst2_at_rate_0_2_has_the_published_number_of_rows() -> None:
 
 
 def test_more_negatives_than_there_are_is_one_sentence() -> None:
-    with pytest.raises(DataError, match=r"has 5 negatives; rate 0\.5 of its 20 positives asks for 10"):
+    with pytest.raises(
+        DataError, match=r"has 5 negatives; rate 0\.5 of its 20 positives asks for 10"
+    ):
         downsample(Table(["x"] * 25, [1] * 20 + [0] * 5), 0.5)
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import load_file, save_file
 
 from twostage.errors import ModelError, TwoStageWarning
@@ -13,8 +12,6 @@ from twostage.model.checkpoint import (
     Checkpoint,
     build_model,
     load_checkpoint,
-    load_classifier,
-    save_classifier,
     to_stored,
 )
 
@@ -45,57 +42,6 @@ def rewrite(folder: Path, change: object) -> None:
 
 def build(checkpoint: Checkpoint) -> object:
     return build_model(checkpoint, 3, torch.Generator().manual_seed(0))
-
-
-def test_load_save_load_is_exact(folder: Path, tiny_checkpoint: Checkpoint, tmp_path: Path) -> None:
-    first = load_checkpoint(folder)
-    model = build(first)
-    save_classifier(model, tmp_path / "saved", ["a", "b", "c"])
-    with pytest.warns(TwoStageWarning, match=r"not used: classifier\.0\.bias"):  # a new head comes
-        second = load_checkpoint(tmp_path / "saved")
-    assert first.config == second.config == tiny_checkpoint.config
-    for name, tensor in tiny_checkpoint.tensors.items():
-        assert torch.equal(first.tensors[name], tensor)
-        assert torch.equal(second.tensors[name], tensor)
-    stored = load_file(tmp_path / "saved" / "model.safetensors")
-    assert torch.equal(stored["classifier.2.weight"], model.classifier[2].weight)
-    assert stored["classifier.0.bias"].shape == (50,)
-
-
-def test_a_saved_classifier_comes_back_with_its_head(folder: Path, tmp_path: Path) -> None:
-    model = build(load_checkpoint(folder))
-    save_classifier(model, tmp_path / "saved", ["so so", "good", "bad"])
-    loaded, names = load_classifier(tmp_path / "saved")
-    assert names == ["so so", "good", "bad"]
-    for (name, ours), theirs in zip(model.named_parameters(), loaded.parameters(), strict=True):
-        assert torch.equal(ours, theirs), name
-    inputs = (torch.arange(1, 9), torch.arange(8), torch.tensor([0, 8]))
-    assert torch.equal(model(*inputs), loaded(*inputs))
-    with pytest.raises(ModelError, match="names no classes"):
-        load_classifier(folder)
-    rewrite(tmp_path / "saved", lambda s: {n: t for n, t in s.items() if n != "classifier.0.bias"})
-    with pytest.raises(ModelError, match=r"'classifier\.0\.bias' is missing"):
-        load_classifier(tmp_path / "saved")
-
-
-def test_the_real_minilm_survives_load_save_load(demo_folder: Path, tmp_path: Path) -> None:
-    original = load_file(demo_folder / "model" / "model.safetensors")
-    save_classifier(build(load_checkpoint(demo_folder / "model")), tmp_path, ["a", "b", "c"])
-    saved = load_file(tmp_path / "model.safetensors")
-    original.pop("embeddings.position_ids")
-    assert {f"bert.{name}" for name in original} | {
-        f"classifier.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")
-    } == saved.keys()
-    for name, tensor in original.items():
-        assert torch.equal(saved[f"bert.{name}"], tensor), name
-
-
-def test_transformers_refuses_a_saved_classifier_instead_of_dropping_its_head(
-    folder: Path, tmp_path: Path
-) -> None:
-    save_classifier(build(load_checkpoint(folder)), tmp_path / "saved", ["a", "b", "c"])
-    with pytest.raises(ValueError, match="twostage_bert"):
-        transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
 
 
 def test_models_of_one_checkpoint_share_nothing(folder: Path) -> None:
@@ -213,4 +159,44 @@ def test_integer_weights_are_refused(folder: Path) -> None:
 def test_a_file_that_is_not_safetensors_is_refused(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes(b"<html>not found</html>")
     with pytest.raises(ModelError, match="not a readable safetensors file"):
+        load_checkpoint(folder)
+
+
+def test_a_truncated_or_damaged_weights_file_is_one_sentence(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    whole = path.read_bytes()
+    header_end = 8 + int.from_bytes(whole[:8], "little")
+    cuts = [
+        0,
+        1,
+        7,
+        8,
+        9,
+        header_end - 1,
+        header_end,
+        header_end + 1,
+        len(whole) // 2,
+        len(whole) - 1,
+    ]
+    damaged = [whole[:cut] for cut in cuts]
+    damaged += [whole + b"x", b"\xff" * 8 + whole[8:], whole[:8] + b"x" + whole[9:]]
+    for content in damaged:
+        path.write_bytes(content)
+        with pytest.raises(
+            ModelError, match=r"not a readable safetensors file.*get it again"
+        ) as caught:
+            load_checkpoint(folder)
+        assert "\n" not in str(caught.value)
+        assert caught.value.exit_code == 3
+
+
+def test_weights_that_are_not_finite_are_named_in_a_warning(folder: Path) -> None:
+    name = "encoder.layer.1.output.dense.weight"
+
+    def spoil(stored: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        stored[name][0, 0] = float("nan")
+        return stored
+
+    rewrite(folder, spoil)
+    with pytest.warns(TwoStageWarning, match=rf"not a number.*: {name}$"):
         load_checkpoint(folder)

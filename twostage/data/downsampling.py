@@ -50,7 +50,11 @@ def check_draw(rate: float, seed: int) -> None:
 
 
 def downsample_folder(
-    input_path: Path, output_path: Path, rates: tuple[float, ...] = RATES, seed: int = 42
+    input_path: Path,
+    output_path: Path,
+    rates: tuple[float, ...] = RATES,
+    seed: int = 42,
+    encoding: str = "utf-8",
 ) -> list[tuple[Path, int, int]]:
     """`train.tsv`, `dev.tsv` → `OUT/<rate>/train.csv`, `test.csv` (all of dev) for each rate.
 
@@ -58,7 +62,7 @@ def downsample_folder(
     """
     for rate in rates:
         check_draw(rate, seed)
-    train, dev = read_table(input_path / "train.tsv"), read_table(input_path / "dev.tsv")
+    train, dev = (read_table(input_path / name, encoding) for name in ("train.tsv", "dev.tsv"))
     dev_labels = [int(label) for label in CLASSES.encode(dev)]
     written = []
     for rate in rates:

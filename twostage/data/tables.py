@@ -17,7 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import DataError, writing_to
+from ..errors import DataError, UsageError
+from ..files import replacing
 
 TEXT_COLUMNS = ("text", "sentence")
 LABEL_COLUMN = "label"
@@ -69,19 +70,16 @@ class Table:
         return f"{self.source}, row {row}"
 
 
-def read_table(path: str | Path) -> Table:
-    """Read a CSV or TSV file. Raises DataError for what cannot be used, all bad rows at once."""
+def read_table(path: str | Path, encoding: str = "utf-8") -> Table:
+    """Read a CSV or TSV file. Raises DataError for what cannot be used, all bad rows at once.
+
+    encoding: of the file, as Python names it; a byte order mark is dropped.
+    """
     path = Path(path)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            content = file.read()
+        content = _decode(path.read_bytes(), encoding, path).removeprefix("\ufeff")
     except FileNotFoundError:
         raise DataError(f"there is no file '{path}'") from None
-    except UnicodeDecodeError as error:
-        line = path.read_bytes()[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path}, line {line}: not valid UTF-8; convert the file to UTF-8"
-        ) from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
     if not content.strip():
@@ -119,9 +117,17 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
 
     Raises UsageError when the file cannot be written.
     """
-    with writing_to(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_rows(path, header, rows)
+    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
+    with replacing(path) as file:
+        writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
+        # Python below 3.13 leaves a bare carriage return unquoted, though readers end a row at it.
+        quoting_writer = csv.writer(
+            file, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC
+        )
+        writer.writerow(header)
+        for row in rows:
+            has_return = any("\r" in value for value in row if isinstance(value, str))
+            (quoting_writer if has_return else writer).writerow(row)
 
 
 @dataclass(frozen=True)
@@ -172,6 +178,31 @@ def _class_name(label: object) -> str:
     return str(int(text)) if _INTEGER.fullmatch(text) else text
 
 
+def _decode(raw: bytes, encoding: str, path: Path) -> str:
+    """The text of a file. Raises DataError naming the line that is not text in this encoding."""
+    problem = ""
+    try:
+        content = raw.decode(encoding)
+        before = content.partition("\0")[0]
+        if len(before) < len(content):
+            problem = "holds a NUL byte"
+    except UnicodeDecodeError as error:
+        before = raw[: error.start].decode(encoding, errors="replace")
+        problem = f"not valid {encoding.upper()} ({error.reason})"
+    except (LookupError, ValueError):
+        raise UsageError(
+            f"encoding is {encoding!r}; expected a name that Python knows, such as utf-8, "
+            "utf-16 or cp1252"
+        ) from None
+    if problem:
+        line = len(re.findall(r"\r\n|\r|\n", before)) + 1
+        raise DataError(
+            f"{path}, line {line}: {problem}; save the file as UTF-8, or name its encoding with "
+            "--encoding (often utf-16 or cp1252)"
+        )
+    return content
+
+
 def _read_rows(content: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """(line on which the row begins, fields); blank lines are skipped, as pandas skips them."""
 
@@ -196,23 +227,6 @@ def _read_rows(content: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
                 return
     finally:
         csv.field_size_limit(previous_limit)
-
-
-def _write_rows(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    # Beside the target first, so that a reader never meets half a file.
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, delimiter=delimiter, lineterminator="\n")
-        # Python below 3.13 leaves a bare carriage return unquoted, though readers end a row at it.
-        quoting_writer = csv.writer(
-            file, delimiter=delimiter, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC
-        )
-        writer.writerow(header)
-        for row in rows:
-            has_return = any("\r" in value for value in row if isinstance(value, str))
-            (quoting_writer if has_return else writer).writerow(row)
-    partial.replace(path)
 
 
 def _find_columns(header: list[str], delimiter: str, where: str) -> tuple[int, int]:

@@ -1,7 +1,5 @@
 """Hugging Face checkpoints: `config.json` and `model.safetensors` to and from our parameters.
 
-A trained classifier is such a folder too, with its head as `classifier.0` and `classifier.2`.
-
 One table names each of our parameters and the tensors that it is stored as. Loading reads the table
 from right to left, saving from left to right; both are exact. The only parameter that is stored in
 pieces is `qkv`, which concatenates query, key and value along its rows, so that one matrix
@@ -11,16 +9,16 @@ product serves all three.
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..errors import ModelError, TwoStageWarning, UsageError
+from ..errors import ModelError, TwoStageWarning
 from .bert import (
     HEAD_SIZE,
     BertClassifier,
@@ -83,34 +81,12 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
         )
     config, _ = read_config(folder / "config.json")
     path = folder / "model.safetensors"
-    stored = _read_tensors(path)
+    stored = read_tensors(path)
     return Checkpoint(config, from_stored(stored, config, str(path)))
 
 
-def load_classifier(folder: str | Path) -> tuple[BertClassifier, list[str]]:
-    """A classifier that `save_classifier` wrote, with its head, and the names of its classes."""
-    folder = Path(folder)
-    config, names = read_config(folder / "config.json")
-    path = folder / "model.safetensors"
-    stored = _read_tensors(path)
-    if not names:
-        raise ModelError(f"{folder / 'config.json'} names no classes (id2label): not a classifier")
-    head = {name: stored.pop(name) for name in list(stored) if name.startswith("classifier.")}
-    encoder = from_stored(stored, config, str(path))
-    tensors = head | {f"bert.{name}": tensor for name, tensor in encoder.items()}
-    with torch.device("meta"):
-        expected = dict(BertClassifier(config, len(names)).named_parameters())
-    for name, parameter in expected.items():
-        if name not in tensors or tensors[name].shape != parameter.shape:
-            raise ModelError(
-                f"{path}: '{name}' is missing or does not have shape {list(parameter.shape)}; "
-                "expected a folder that twostage saved"
-            )
-    parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
-    return assemble_classifier(config, parameters), names
-
-
-def _read_tensors(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises ModelError for what cannot be read."""
     if not path.is_file():
         hint = ""
         if path.with_name("pytorch_model.bin").is_file():
@@ -119,13 +95,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is not a readable safetensors file: {error}") from error
+        raise ModelError(
+            f"{path} is not a readable safetensors file ({error}); get it again"
+        ) from error
 
 
-def read_config(path: Path) -> tuple[BertConfig, list[str]]:
+def read_config(path: Path) -> tuple[BertConfig, dict[str, Any]]:
     """Read and check `config.json`; what this encoder does not implement is a ModelError.
 
-    Returns the configuration and the names of the classes (`id2label`), if it has any.
+    Returns the configuration and the whole object.
     """
     try:
         raw: Any = json.loads(path.read_text(encoding="utf-8"))
@@ -149,12 +127,8 @@ def read_config(path: Path) -> tuple[BertConfig, list[str]]:
     if raw.get("pruned_heads"):
         raise ModelError(f"{path}: pruned_heads is set; pruned encoders are not supported")
     known = {field.name for field in fields(BertConfig)}
-    names = raw.get("id2label", {})
     try:
-        config = BertConfig(**{name: value for name, value in raw.items() if name in known})
-        return config, [str(names[str(i)]) for i in range(len(names))]
-    except KeyError:
-        raise ModelError(f"{path}: id2label is {names!r}; expected keys from 0 on") from None
+        return BertConfig(**{name: value for name, value in raw.items() if name in known}), raw
     except TypeError as error:  # a field without default is missing; Python's message names it
         missing = str(error).split("argument")[-1].lstrip("s: ")
         raise ModelError(f"{path} lacks {missing}") from None
@@ -165,8 +139,8 @@ def read_config(path: Path) -> tuple[BertConfig, list[str]]:
 def from_stored(stored: Mapping[str, Tensor], config: BertConfig, source: str) -> dict[str, Tensor]:
     """Stored tensors to our names, in fp32.
 
-    Warns of a missing pooler, which is left out (`build_model` then initialises it), and of
-    tensors that have no place here.
+    Warns of a missing pooler, which is left out (`build_model` then initialises it), of tensors
+    that have no place here and of weights that are not finite.
     """
     by_name = {_modern_name(name): tensor for name, tensor in stored.items()}
     with torch.device("meta"):
@@ -198,17 +172,30 @@ def from_stored(stored: Mapping[str, Tensor], config: BertConfig, source: str) -
         parts = [by_name[name].to(torch.float32) for name in theirs]
         tensors[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
         used.update(theirs)
+    broken = sorted(name for name in used if not torch.isfinite(by_name[name]).all())
+    if broken:
+        warnings.warn(
+            f"{source}: weights that are infinite or not a number, with which nothing can be "
+            f"computed: {_shorten(broken)}",
+            TwoStageWarning,
+            stacklevel=3,
+        )
     ignored = sorted(
         name
         for name in by_name.keys() - used
         if name != "embeddings.position_ids" and not name.startswith("cls.")
     )
     if ignored:
-        shown = ", ".join(ignored[:8]) + (", …" if len(ignored) > 8 else "")
         warnings.warn(
-            f"{source}: tensors that are not used: {shown}", TwoStageWarning, stacklevel=3
+            f"{source}: tensors that are not used: {_shorten(ignored)}",
+            TwoStageWarning,
+            stacklevel=3,
         )
     return tensors
+
+
+def _shorten(names: list[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
 
 
 def to_stored(tensors: Mapping[str, Tensor], num_layers: int) -> dict[str, Tensor]:
@@ -234,32 +221,6 @@ def build_model(
         tensors |= {f"{name}.weight": weight, f"{name}.bias": bias}
     parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
     return assemble_classifier(checkpoint.config, parameters)
-
-
-def save_classifier(model: BertClassifier, folder: str | Path, class_names: list[str]) -> None:
-    """Write `config.json` and `model.safetensors` (fp32) of a trained classifier into `folder`."""
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = model.bert.config
-    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    encoder = {
-        name.removeprefix("bert."): t for name, t in state.items() if name.startswith("bert.")
-    }
-    stored = to_stored(encoder, config.num_hidden_layers)
-    stored |= {name: t for name, t in state.items() if name.startswith("classifier.")}
-    contiguous = {name: tensor.contiguous() for name, tensor in stored.items()}
-    try:
-        save_file(contiguous, folder / "model.safetensors", metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise UsageError(f"cannot write '{folder / 'model.safetensors'}': {error}") from error
-    description = {
-        "model_type": SAVED_MODEL_TYPE,
-        "architectures": ["BertClassifier"],
-        **asdict(config),
-        "id2label": {str(i): name for i, name in enumerate(class_names)},
-        "label2id": {name: i for i, name in enumerate(class_names)},
-    }
-    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
 
 
 def _modern_name(name: str) -> str:

@@ -1,0 +1,135 @@
+"""Everything to be learnt from a GPU, in one command, without a network, in under 8 minutes.
+
+    python benchmarks/gpu_suite.py                  on a machine with a CUDA GPU
+    python benchmarks/gpu_suite.py --rehearse       all of it on a CPU, with tiny shapes
+
+1. The tests that run on every device (`tests/test_device.py`).
+2. Training throughput of BERT-base's shape, ours beside P0, P1, P2 and P4 (`peers.py`).
+3. The profile of a step of ours.
+
+Each part, and in the second each case, runs in a process of its own: one that fails or takes too
+long is reported, and loses nothing of the others. One JSON and one Markdown file, named by GPU and
+date, are rewritten after every case. The exit code is 0 only if nothing failed.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import torch
+from harness import RESULTS, describe_run, measure_limits, save
+from train_throughput import describe, describe_place, make_jobs, run_jobs
+
+TESTS = Path(__file__).parent.parent / "tests" / "test_device.py"
+RUNS = ("ours bf16", "P1 bf16", "P4 bf16", "P2 bf16", "P0 fp32")
+"""The most telling first, should the time run out."""
+SECONDS = {"tests": 120.0, "throughput": 330.0}
+"""What each part may take; a profile is one more case of the second."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny shapes")
+    parser.add_argument("--output", type=Path, help="folder for the results (default: results/)")
+    parser.add_argument("--commit", help="of the sources, where there is no git to ask")
+    options = parser.parse_args()
+    if not options.rehearse and not torch.cuda.is_available():
+        print("gpu_suite: torch sees no CUDA GPU here; --rehearse runs on a CPU", file=sys.stderr)
+        return 2
+    output = options.output
+    if output is None:
+        output = Path(tempfile.mkdtemp(prefix="gpu_suite-")) if options.rehearse else RESULTS
+
+    began = perf_counter()
+    device = "cpu" if options.rehearse else "cuda"
+    record = describe_run(device) | {"date": datetime.now(UTC).strftime("%Y-%m-%d"), "rows": []}
+    if options.commit:
+        record["commit"] = options.commit
+    place = "rehearsal" if options.rehearse else describe_place(record)
+    name = f"gpu_suite-{place}-{record['date']}"
+    record["limits"] = measure_limits(torch.device(device), quick=options.rehearse)
+
+    record["tests"] = run_tests(SECONDS["tests"])
+    record["seconds"] = perf_counter() - began
+    save(output, name, describe_suite(record), record)
+    for record["rows"] in run_jobs(plan(options.rehearse), SECONDS["throughput"], 100):
+        record["seconds"] = perf_counter() - began
+        row = record["rows"][-1]
+        print(f"{row['run']}, stage {row['stage']}, batch {row['batch_size']}", flush=True)
+        save(output, name, describe_suite(record), record)
+
+    print(
+        f"\n{describe_suite(record)}\n\n{json.dumps(record)}\n\nwritten: {output / name}.md, .json"
+    )
+    return int(bool(failures(record)))
+
+
+def plan(rehearse: bool) -> list[dict[str, Any]]:
+    """The cases of parts 2 and 3, the most telling first."""
+    if rehearse:
+        common = {"model": "tiny", "data": "", "device": "cpu", "warmup": 1}
+        jobs = make_jobs(RUNS, (2, 1), (4,), 12, **common)
+    else:
+        common = {"model": "bert-base", "data": "", "device": "cuda", "warmup": 20}
+        jobs = make_jobs(RUNS, (2,), (16,), 1_600, **common)
+        jobs += make_jobs(RUNS, (2,), (64,), 6_400, **common)
+        jobs += make_jobs(RUNS, (1,), (16, 64), 3_200, **common)
+    jobs.insert(1, jobs[0] | {"profile": True, "steps": 2 if rehearse else 10})
+    return jobs
+
+
+def run_tests(seconds: float) -> dict[str, Any]:
+    """pytest's exit code and the end of what it printed."""
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", str(TESTS)]
+    began = perf_counter()
+    try:
+        finished = subprocess.run(
+            command,
+            cwd=TESTS.parent.parent,
+            capture_output=True,
+            text=True,
+            timeout=seconds,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {"exit_code": None, "output": f"took longer than {seconds:.0f} s"}
+    return {
+        "exit_code": finished.returncode,
+        "seconds": round(perf_counter() - began, 1),
+        "output": (finished.stdout + finished.stderr)[-6_000:],
+    }
+
+
+def failures(record: dict[str, Any]) -> list[str]:
+    """What went wrong, a line each."""
+    failed = [] if record["tests"]["exit_code"] == 0 else ["the tests"]
+    return failed + [
+        f"{row['run']}, stage {row['stage']}, batch {row['batch_size']}: {row['error']}"
+        for row in record["rows"]
+        if "error" in row
+    ]
+
+
+def describe_suite(record: dict[str, Any]) -> str:
+    """All parts so far, in Markdown."""
+    tests = record["tests"]
+    lines = tests["output"].strip().splitlines() or ["no output"]
+    passed = tests["exit_code"] == 0
+    parts = [
+        f"GPU suite, {record['date']}, {record['seconds']:.0f} s",
+        f"Tests: {lines[-1]}" if passed else "Tests failed:\n\n```\n" + "\n".join(lines) + "\n```",
+        describe(record),
+    ]
+    if failed := failures(record):
+        parts.append("Failed: " + "; ".join(failed))
+    return "\n\n".join(parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,213 @@
+"""What every benchmark shares: a clock, the machine's limits, and a record of the run.
+
+A speed is worth something beside the machine's own limits, measured in the same run: how fast it
+multiplies large matrices and how fast it copies memory (bytes read plus bytes written). All inputs
+are random: zeros can run faster than real data.
+"""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+
+from twostage.report import describe_machine, describe_versions
+from twostage.training.precision import choose_device
+
+RESULTS = Path(__file__).parent / "results"
+
+
+class StepClock:
+    """The time of each training step, taken as its loss is computed: at the same place in every
+    loop, whoever wrote it.
+
+    On a GPU the host runs ahead, so the ticks are events on the device's own time line. The first
+    `warmup` steps are left out of every figure but `warmup_seconds`. A profiler, if given, sees the
+    steps that are timed.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        warmup: int,
+        steps: int,
+        profiler: torch.profiler.profile | None = None,
+    ) -> None:
+        self.device = device
+        self.warmup = warmup
+        self.steps = steps
+        self.profiler = profiler
+        self.ticks: list[Any] = []
+        self.losses: list[torch.Tensor] = []
+        self.began = self.warmup_seconds = 0.0
+
+    def start(self) -> None:
+        """The warm-up begins."""
+        self.began = perf_counter()
+
+    def tick(self, loss: torch.Tensor) -> torch.Tensor:
+        """Call once a step with its loss; returns it."""
+        self.losses.append(loss.detach())
+        if len(self.ticks) == self.warmup:
+            self._synchronize()
+            self.warmup_seconds = perf_counter() - self.began
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            if self.profiler is not None:
+                self.profiler.start()
+        elif self.profiler is not None and len(self.ticks) == self.warmup + self.steps:
+            self._synchronize()
+            self.profiler.stop()
+        if self.device.type == "cuda":
+            self.ticks.append(torch.cuda.Event(enable_timing=True))
+            self.ticks[-1].record()
+        else:
+            self.ticks.append(perf_counter())
+        return loss
+
+    def watch(self, loss_function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """The same loss, which ticks."""
+        return lambda *arguments: self.tick(loss_function(*arguments))
+
+    def step_seconds(self) -> np.ndarray:
+        """[steps]: from the loss of one step to the loss of the next."""
+        self._synchronize()
+        assert len(self.ticks) == self.warmup + self.steps + 1, "one tick a step, and a last one"
+        measured = self.ticks[self.warmup :]
+        if self.device.type == "cuda":
+            return np.array([a.elapsed_time(b) / 1e3 for a, b in pairwise(measured)])
+        return np.diff(measured)
+
+    def mean_loss(self) -> float:
+        """Over the steps that are timed."""
+        return float(torch.stack(self.losses[self.warmup + 1 :]).float().mean())
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU allocated by torch since the warm-up, else of the whole process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    # Not getrusage: its maximum is inherited from the process that started this one.
+    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+        if line.startswith("VmHWM"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError("/proc/self/status has no VmHWM; peak memory is read on Linux only")
+
+
+def measure_limits(device: torch.device, *, quick: bool = False) -> dict[str, float]:
+    """Measured FLOP/s of a large matrix product in bf16 and fp32, and bytes/s of a large copy."""
+    size = 512 if quick else 8192 if device.type == "cuda" else 3072
+    limits: dict[str, float] = {}
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        seconds = median_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)
+        limits[f"matmul_{name}_flops"] = 2 * size**3 / seconds
+    count = 2**20 if quick else 2**30 if device.type == "cuda" else 2**26
+    source = torch.randn(count, device=device)
+    target = torch.empty_like(source)
+    seconds = median_seconds(lambda: target.copy_(source), device)
+    limits["copy_bytes"] = 2 * source.nbytes / seconds
+    return limits
+
+
+def median_seconds(run: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
+    """After three calls to warm up."""
+    times = []
+    for _ in range(repeats + 3):
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        began = perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(perf_counter() - began)
+    return float(np.median(times[3:]))
+
+
+def describe_run(device_name: str) -> dict[str, Any]:
+    """Commit, machine, versions and command."""
+    device = choose_device(device_name)
+    machine = describe_machine(device)
+    if device.type == "cuda":
+        machine["power_limit"] = _power_limit(device)
+    return {
+        "commit": _commit(),
+        "machine": machine,
+        "versions": describe_versions(),
+        "command": " ".join(["python", *sys.argv]),
+    }
+
+
+def run_child(script: Path, job: dict[str, Any], timeout: float) -> dict[str, Any]:
+    """`python script --job JSON` in a process of its own; the last line it prints is the result.
+
+    A process a case keeps peak memory and caches apart, and a failure from ending the run: it is
+    returned as {"error": …}.
+    """
+    command = [sys.executable, str(script), "--job", json.dumps(job)]
+    try:
+        finished = subprocess.run(
+            command, capture_output=True, text=True, timeout=timeout, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return {"error": f"took longer than {timeout:.0f} s"}
+    if finished.returncode:
+        return {"error": (finished.stderr.strip().splitlines() or ["no message"])[-1][:500]}
+    result: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])
+    return result
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A table whose numeric columns are aligned to the right."""
+    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    rule = "|".join(["---", *["---:"] * (len(header) - 1)])
+    return "\n".join([f"| {' | '.join(header)} |", f"|{rule}|", *lines])
+
+
+def save(folder: Path, name: str, markdown: str, record: dict[str, Any]) -> None:
+    """`NAME.md` and `NAME.json`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.md").write_text(markdown + "\n", encoding="utf-8")
+    (folder / f"{name}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+
+
+def _commit() -> str:
+    """Of the sources, `-dirty` if they have been changed since; results do not count."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        try:
+            answer = subprocess.run(
+                ["git", *arguments], cwd=here, capture_output=True, text=True, check=False
+            )
+        except FileNotFoundError:
+            return ""
+        return answer.stdout.strip()
+
+    head = git("rev-parse", "--short=12", "HEAD")
+    if not head:
+        return "unknown"
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "..", ":!results")
+    return head + ("-dirty" if changed else "")
+
+
+def _power_limit(device: torch.device) -> str:
+    query = ["nvidia-smi", "--query-gpu=power.limit", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown"
+    lines = answer.stdout.strip().splitlines()
+    index = device.index or 0
+    return lines[index] if index < len(lines) else "unknown"

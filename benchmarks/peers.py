@@ -1,0 +1,256 @@
+"""The rivals: the same step as ours, as people write it with transformers today.
+
+    P0    the published recipe: fp32, every text padded to 128 tokens, eager attention, a plain loop
+          with one AdamW update a tensor, TF32 off
+    P1    transformers' Trainer with its defaults: sdpa attention, fused AdamW, texts padded to the
+          longest of the batch (rounded up to a multiple of 8)
+    P2    P1 without the Trainer's check of every loss for NaN, which waits for the device, and with
+          TF32; `group_by_length` on top changes the batches and is reported apart
+    P4    what an expert gets out of stock parts: transformers' BERT, bf16 autocast, texts padded to
+          a few lengths, and for each of these the whole step in one CUDA graph, with a fused AdamW
+          that keeps step and learning rate on the device. On a CPU the same loop without graphs.
+
+All have the recipe's head, its losses in torch's own operations, and the weights, texts and order
+of ours.
+"""
+
+import copy
+import math
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import transformers
+from harness import StepClock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from twostage.model.bert import BertClassifier
+from twostage.model.checkpoint import to_stored
+from twostage.training.losses import effective_number_weights, ldam_margins
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+MAX_LENGTH = 128
+BUCKET = 32
+"""P4 pads to multiples of this."""
+
+
+class PeerClassifier(nn.Module):
+    """transformers' BERT with the recipe's head and the weights of one of our classifiers."""
+
+    def __init__(self, ours: BertClassifier, attention: str, loss_function: Loss) -> None:
+        super().__init__()
+        config = ours.bert.config
+        self.bert = transformers.BertModel(
+            transformers.BertConfig(**asdict(config), attn_implementation=attention)
+        )
+        tensors = {name: p.detach() for name, p in ours.bert.named_parameters()}
+        stored = to_stored(tensors, config.num_hidden_layers)
+        self.bert.load_state_dict({name.removeprefix("bert."): t for name, t in stored.items()})
+        self.classifier = copy.deepcopy(ours.classifier)
+        self.loss_function = loss_function
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+    ) -> dict[str, Tensor]:
+        pooled = self.bert(input_ids, attention_mask=attention_mask).pooler_output
+        logits = self.classifier(pooled)
+        return {"loss": self.loss_function(logits, labels), "logits": logits}
+
+    def freeze_below_last_layer(self) -> None:
+        self.bert.embeddings.requires_grad_(False)
+        self.bert.encoder.layer[:-1].requires_grad_(False)
+
+
+def stage_loss(stage: int, class_counts_C: list[int], device: torch.device) -> Loss:
+    """The recipe's: LDAM with class weights in stage 1, cross-entropy in stage 2."""
+    if stage == 2:
+        return F.cross_entropy
+    weights_C = effective_number_weights(class_counts_C).to(device)
+    margins_C = ldam_margins(class_counts_C).to(device)
+
+    classes_C = torch.arange(len(class_counts_C), device=device)
+
+    def ldam(logits: Tensor, labels: Tensor) -> Tensor:
+        is_true_class = labels[:, None] == classes_C
+        return F.cross_entropy(logits - is_true_class * margins_C, labels, weights_C)
+
+    return ldam
+
+
+def pad(texts: list[dict[str, Any]], length: int | None = None) -> dict[str, Tensor]:
+    """A batch padded to `length`, or to its longest text rounded up to a multiple of 8."""
+    longest = max(len(text["input_ids"]) for text in texts)
+    length = length or -(-longest // 8) * 8
+    input_ids = torch.zeros(len(texts), length, dtype=torch.long)
+    attention_mask = torch.zeros(len(texts), length, dtype=torch.long)
+    for row, text in enumerate(texts):
+        ids = text["input_ids"]
+        input_ids[row, : len(ids)] = torch.as_tensor(ids)
+        attention_mask[row, : len(ids)] = 1
+    labels = torch.tensor([text["labels"] for text in texts])
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def train_published(
+    model: PeerClassifier,
+    texts: list[dict[str, Any]],
+    batch_size: int,
+    learning_rate: float,
+    device: torch.device,
+) -> None:
+    """P0."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=learning_rate, weight_decay=0.0, foreach=False, fused=False
+    )
+    starts = range(0, len(texts), batch_size)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, 0, len(starts))
+    model.train()
+    for start in starts:
+        batch = pad(texts[start : start + batch_size], MAX_LENGTH)
+        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()})["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+
+
+def train_with_trainer(
+    model: PeerClassifier,
+    texts: list[dict[str, Any]],
+    batch_size: int,
+    learning_rate: float,
+    device: torch.device,
+    *,
+    bf16: bool,
+    tuned: bool = False,
+    group_by_length: bool = False,
+) -> None:
+    """P1, or P2 (`tuned`)."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = transformers.TrainingArguments(
+            output_dir=folder,
+            per_device_train_batch_size=batch_size,
+            num_train_epochs=1,
+            learning_rate=learning_rate,
+            bf16=bf16,
+            use_cpu=device.type == "cpu",
+            train_sampling_strategy="group_by_length" if group_by_length else "sequential",
+            logging_nan_inf_filter=not tuned,
+            tf32=True if tuned and device.type == "cuda" else None,
+            eval_strategy="no",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            dataloader_pin_memory=device.type == "cuda",
+        )
+        trainer = transformers.Trainer(model, settings, data_collator=pad, train_dataset=texts)
+        trainer.train()
+
+
+def train_with_graphs(
+    model: PeerClassifier,
+    texts: list[dict[str, Any]],
+    batch_size: int,
+    learning_rate: float,
+    device: torch.device,
+    clock: StepClock,
+) -> None:
+    """P4. All batches lie on the device and all graphs are captured before the first step; the
+    clock counts that as warm-up."""
+    stepper = _GraphedStep(model, batch_size, learning_rate, device)
+    starts = range(0, len(texts), batch_size)
+    batches = [
+        {
+            name: tensor.to(device)
+            for name, tensor in pad_to_bucket(texts[i : i + batch_size]).items()
+        }
+        for i in starts
+    ]
+    for length in sorted({batch["input_ids"].shape[1] for batch in batches}, reverse=True):
+        stepper.capture(length)
+    for step, batch in enumerate(batches):
+        loss = stepper.run(batch, learning_rate * (1 - step / len(batches)))
+        clock.tick(loss)
+
+
+def pad_to_bucket(texts: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """A batch padded to its longest text, rounded up to a bucket."""
+    longest = max(len(text["input_ids"]) for text in texts)
+    return pad(texts, min(MAX_LENGTH, math.ceil(longest / BUCKET) * BUCKET))
+
+
+class _GraphedStep:
+    """Forward, backward, clipping and AdamW as one graph for each padded length."""
+
+    def __init__(
+        self, model: PeerClassifier, batch_size: int, learning_rate: float, device: torch.device
+    ) -> None:
+        self.model = model.train()
+        self.device = device
+        self.batch_size = batch_size
+        self.trained = [p for p in model.parameters() if p.requires_grad]
+        on_gpu = device.type == "cuda"
+        self.learning_rate = torch.tensor(learning_rate, device=device)
+        self.optimizer = torch.optim.AdamW(
+            self.trained, lr=self.learning_rate, weight_decay=0.0, fused=True, capturable=on_gpu
+        )
+        self.inputs: dict[int, dict[str, Tensor]] = {}
+        self.graphs: dict[int, Any] = {}
+        self.losses: dict[int, Tensor] = {}
+        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
+
+    def capture(self, length: int) -> None:
+        """Make the graph for batches padded to `length`; weights and optimizer stay as they are."""
+        shape = (self.batch_size, length)
+        self.inputs[length] = {
+            "input_ids": torch.randint(1_000, 2_000, shape, device=self.device),
+            "attention_mask": torch.ones(shape, dtype=torch.long, device=self.device),
+            "labels": torch.zeros(self.batch_size, dtype=torch.long, device=self.device),
+        }
+        if self.device.type != "cuda":
+            return
+        weights = [p.detach().clone() for p in self.trained]
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # warm up: libraries, allocator, the optimizer's state
+            for _ in range(3):
+                self.optimizer.zero_grad(set_to_none=True)
+                self._step(length)
+        torch.cuda.current_stream().wait_stream(stream)
+        with torch.no_grad():
+            torch._foreach_copy_(self.trained, weights)
+            for state in self.optimizer.state.values():
+                for tensor in state.values():
+                    tensor.zero_()
+        self.optimizer.zero_grad(set_to_none=True)  # so that the graph owns its gradients
+        self.graphs[length] = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graphs[length], pool=self.pool):
+            self.losses[length] = self._step(length)
+
+    def run(self, batch: dict[str, Tensor], learning_rate: float) -> Tensor:
+        length = batch["input_ids"].shape[1]
+        for name, tensor in batch.items():
+            self.inputs[length][name].copy_(tensor)
+        self.learning_rate.fill_(learning_rate)
+        if self.device.type == "cuda":
+            self.graphs[length].replay()
+            return self.losses[length].clone()
+        self.optimizer.zero_grad(set_to_none=True)
+        return self._step(length)
+
+    def _step(self, length: int) -> Tensor:
+        inputs = self.inputs[length]
+        # A finished mask: transformers would otherwise read the padding back on the host.
+        mask = inputs["attention_mask"].bool()[:, None, None, :].expand(-1, 1, length, -1)
+        # A weight's cast must not be cached from one replay to the next.
+        with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
+            loss = self.model(inputs["input_ids"], mask, inputs["labels"])["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
+        self.optimizer.step()
+        return loss.detach()

@@ -1,0 +1,230 @@
+"""Models by their name on the Hugging Face Hub, such as `bert-base-uncased`.
+
+A model is five files at most: `config.json`, `model.safetensors`, and the tokenizer as
+`tokenizer.json` or `vocab.txt`, with `tokenizer_config.json`. Nothing else of a repository is ever
+downloaded; above all not `pytorch_model.bin`, a pickle, which can run code when it is read.
+
+The files go into the user's own cache, which other tools share, through huggingface_hub. It reads
+HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN by itself. The cache is looked at
+first, without the network. Another tool may have cached some of the files only, so each is looked
+for. The weights are downloaded after all other files: who finds them finds everything.
+"""
+
+import errno
+import filecmp
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from ..errors import DownloadError, ModelError, TwoStageError, UsageError, writing_to
+
+WEIGHTS = "model.safetensors"
+TOKENIZERS = ("tokenizer.json", "vocab.txt")
+SMALL_FILES = ("config.json", "tokenizer_config.json", *TOKENIZERS)
+FILES = (*SMALL_FILES, WEIGHTS)
+
+_CANNOT_WRITE = {
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EEXIST,
+}
+
+
+def find_model(
+    name: str, *, say: Callable[[str], None] = print, show_progress: bool = False
+) -> Path:
+    """The folder of a model: `name` itself if it is one, else the hub's model of that name.
+
+    say: gets one line before a download, and only then
+
+    Raises ModelError for what cannot be a model, and DownloadError where it cannot be had.
+    """
+    # os.path answers for what can be no path at all, where Path raises.
+    if os.path.isdir(name):
+        return Path(name)
+    if _is_path(name) or os.path.exists(name):
+        raise ModelError(
+            f"there is no model folder '{name}'; give one that holds config.json, {WEIGHTS} and "
+            "tokenizer.json (`twostage fetch demo` makes demo/model) or the name of a model on the "
+            "Hugging Face Hub"
+        )
+    return _find_on_hub(name, say, show_progress)
+
+
+def fetch_model(
+    name: str,
+    folder: Path | None = None,
+    *,
+    say: Callable[[str], None] = print,
+    show_progress: bool = False,
+) -> Path:
+    """The hub's model of that name, in `folder` if one is given, else in the user's cache.
+
+    Nothing is done when it is there already. Raises ModelError and DownloadError as `find_model`
+    does, and UsageError when `folder` cannot be written or holds another model.
+    """
+    if _is_path(name):
+        raise ModelError(
+            f"'{name}' is not the name of a model on the Hugging Face Hub; give one such as "
+            "bert-base-uncased or owner/name"
+        )
+    if folder is None:
+        return _find_on_hub(name, say, show_progress)
+    if _is_complete(folder) and _find_in_cache(name) is None:
+        return folder  # and nothing here can tell whether it is another model's
+    source = _find_on_hub(name, say, show_progress)
+    present = [file for file in FILES if (source / file).is_file()]
+    for file in FILES:
+        if (folder / file).exists() and not (
+            file in present and filecmp.cmp(source / file, folder / file, shallow=False)
+        ):
+            raise UsageError(f"'{folder / file}' is not that of {name}; choose another folder")
+    missing = [file for file in present if not (folder / file).exists()]
+    if not missing:
+        return folder
+    with writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        # On the same file system, so that whole files are moved in, the weights last.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".copy-") as temporary:
+            for file in missing:
+                shutil.copyfile(source / file, Path(temporary) / file)
+            for file in missing:
+                (Path(temporary) / file).replace(folder / file)
+    return folder
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name is written as a path is, so that no model on the hub can be meant."""
+    return (
+        Path(name).is_absolute()
+        or name.startswith((".", "~"))
+        or name.endswith("/")
+        or name.count("/") > 1
+        or "\\" in name
+    )
+
+
+def _is_complete(folder: Path) -> bool:
+    has_tokenizer = any((folder / file).is_file() for file in TOKENIZERS)
+    return has_tokenizer and all((folder / file).is_file() for file in ("config.json", WEIGHTS))
+
+
+def _find_on_hub(name: str, say: Callable[[str], None], show_progress: bool) -> Path:
+    from huggingface_hub import constants
+
+    cached = _find_in_cache(name)
+    if cached is not None:
+        return cached
+    if constants.HF_HUB_OFFLINE:
+        raise DownloadError(
+            f"{name} is not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; unset it, or "
+            f"run `twostage fetch {name}` with a network and the same cache"
+        )
+    try:
+        _check_files(name)
+        say(
+            f"downloading {name} from the Hugging Face Hub into {constants.HF_HUB_CACHE} "
+            "(first use)"
+        )
+        _download(name, show_progress)
+    except TwoStageError:
+        raise
+    except Exception as error:  # the types differ between versions of huggingface_hub
+        raise _explain(name, error) from error
+    found = _find_in_cache(name)
+    if found is None:
+        raise DownloadError(f"the download of {name} is not complete; run the command again")
+    return found
+
+
+def _find_in_cache(name: str) -> Path | None:
+    """The folder in the cache, if the files that are needed are all there; asks no network."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        config = try_to_load_from_cache(name, "config.json")
+    except HFValidationError:
+        raise ModelError(
+            f"{name!r} cannot be the name of a model on the Hugging Face Hub, and there is no "
+            "folder of that name; expected a folder or a name such as bert-base-uncased"
+        ) from None
+    if isinstance(config, str) and _is_complete(Path(config).parent):
+        return Path(config).parent
+    return None
+
+
+def _check_files(name: str) -> None:
+    """Ask the hub for the list of files; raises ModelError if the model cannot be used."""
+    from huggingface_hub import HfApi
+
+    files = {file.rfilename for file in HfApi().model_info(name).siblings or ()}
+    if "config.json" not in files:
+        raise ModelError(f"{name} on the Hugging Face Hub has no config.json; choose another model")
+    if not files & set(TOKENIZERS):
+        raise ModelError(
+            f"{name} on the Hugging Face Hub has neither {' nor '.join(TOKENIZERS)}; choose "
+            "another model, or make a folder of your own with one of them"
+        )
+    if WEIGHTS not in files:
+        why = "choose another model"
+        if "pytorch_model.bin" in files:
+            why = (
+                "pytorch_model.bin can run code when it is read, so it is not used: "
+                "convert it to safetensors, or choose another model"
+            )
+        raise ModelError(f"{name} on the Hugging Face Hub has no {WEIGHTS}; {why}")
+
+
+def _download(name: str, show_progress: bool) -> None:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils.tqdm import tqdm
+
+    class Bar(tqdm):
+        """Silent, or on a terminal only."""
+
+        def __init__(self, *args: object, **settings: object) -> None:
+            settings["disable"] = None if show_progress else True
+            super().__init__(*args, **settings)  # type: ignore[no-untyped-call]
+
+    for files in (SMALL_FILES, FILES):
+        snapshot_download(name, allow_patterns=list(files), tqdm_class=Bar)
+
+
+def _explain(name: str, error: Exception) -> DownloadError:
+    """What went wrong in huggingface_hub, as one sentence; its own run to ten lines."""
+    from huggingface_hub import constants
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+
+    where = re.sub(r"^(https?://)[^/@]*@", r"\1", constants.ENDPOINT)  # no password
+    if isinstance(error, GatedRepoError):
+        return DownloadError(
+            f"{name} is open only to those whom its owner admits; ask at {where}/{name}, then set "
+            "HF_TOKEN to a token of yours"
+        )
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    if isinstance(error, RepositoryNotFoundError) or status in (401, 403):
+        return DownloadError(
+            f"there is no model {name} at {where}, or it is private (then set HF_TOKEN); if a "
+            f"folder was meant, there is none of that name in {os.getcwd()}"
+        )
+    if status is not None:
+        return DownloadError(
+            f"{where} answered with status {status} for {name}; run the command again later"
+        )
+    if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
+        return DownloadError(
+            f"cannot write '{error.filename or constants.HF_HUB_CACHE}': {error.strerror}; free "
+            "its disk, or set HF_HOME to another folder"
+        )
+    return DownloadError(
+        f"{name} could not be downloaded from {where} ({type(error).__name__}); check the network "
+        "and run the command again, or give a folder that holds the model"
+    )

@@ -1,0 +1,233 @@
+"""What a result looks like: lines and tables for people, `metrics.json` for programs.
+
+Everything for people leads with the tail class's F1 and macro-F1, and says what accuracy hides on
+imbalanced data.
+"""
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import torch
+
+from .data.tables import Table, find_classes
+from .recipe import Recipe
+from .training.metrics import Metrics
+from .training.precision import choose_device, choose_precision
+from .two_stage import Result
+
+PACKAGES = ("twostage", "torch", "tokenizers", "safetensors", "numpy")
+SUMMARY = {
+    "tail_f1": "tail F1",
+    "tail_average_precision": "tail AP",
+    "macro_f1": "macro-F1",
+    "balanced_accuracy": "balanced acc.",
+    "mcc": "MCC",
+    "micro_f1": "micro-F1*",
+}
+"""Scores of a whole data set: name in `metrics.json`, heading in a table."""
+
+
+def describe_run(train: Table, test: Table, augmented: Table | None, recipe: Recipe) -> str:
+    """One line on what is about to happen."""
+    classes = find_classes(train)
+    counts = np.bincount(classes.encode(train)).tolist()
+    shown = ", ".join(f"'{c}': {n}" for c, n in zip(classes.names, counts, strict=True))
+    rows = f"{len(train)} training rows ({shown})" if len(classes) <= 8 else f"{len(train)} rows"
+    rows += f", {len(augmented)} augmented" if augmented else ""
+    stages = f"{recipe.epochs_stage_1 if recipe.has_stage_1 else 0} + {recipe.epochs_stage_2}"
+    return (
+        f"{rows}, {len(test)} test rows; {recipe.method}, {stages} epochs, "
+        f"{describe_arithmetic(recipe.device, recipe.precision)}, "
+        f"{len(recipe.seeds)} seed{'s' * (len(recipe.seeds) > 1)}"
+    )
+
+
+def describe_arithmetic(device_name: str, precision: str) -> str:
+    """`bf16 on cpu`, for these two settings of a recipe."""
+    device = choose_device(device_name)
+    dtype = choose_precision(precision, device)
+    return f"{'bf16' if dtype == torch.bfloat16 else 'fp32'} on {device}"
+
+
+def describe_last_seed(result: Result) -> str:
+    """One line on the seed that has just ended: the tail class's F1 and macro-F1 first."""
+    outcome = result.seeds[-1]
+    tail = result.tail_class
+    return (
+        f"seed {outcome.seed}: F1 of tail class '{result.classes.names[tail]}' "
+        f"{outcome.metrics.f1_C[tail]:.3f}, macro-F1 {outcome.metrics.macro_f1:.3f}, "
+        f"micro-F1 {outcome.metrics.micro_f1:.3f} ({outcome.seconds:.0f} s)"
+    )
+
+
+def format_results(result: Result) -> str:
+    """The table of all seeds, their mean and deviation, ending with what micro-F1 is."""
+    rows: list[list[object]] = [
+        [f"seed {s.seed}", *row] for s, row in zip(result.seeds, scores(result), strict=True)
+    ]
+    if len(rows) > 1:
+        rows.append(["mean", *np.mean(scores(result), axis=0)])
+        rows.append(["std", *np.std(scores(result), axis=0, ddof=1)])
+    note = explain_micro_f1(result.classes.names, result.class_counts_C)
+    return format_table(["", *score_columns(result)], rows) + f"\n{note}"
+
+
+def score_columns(result: Result) -> list[str]:
+    """Headings of the columns that `scores` fills."""
+    names = result.classes.names
+    head = [f"tail F1 ('{names[result.tail_class]}')", *list(SUMMARY.values())[1:]]
+    return head + [f"F1 '{names[c]}'" for c in _other_classes(result)]
+
+
+def scores(result: Result) -> list[list[float]]:
+    """A row a seed: the scores of SUMMARY, then the F1s of the other classes."""
+    return [
+        [
+            *summarize(outcome.metrics, result.tail_class).values(),
+            *(outcome.metrics.f1_C[c] for c in _other_classes(result)),
+        ]
+        for outcome in result.seeds
+    ]
+
+
+def summarize(metrics: Metrics, tail_class: int) -> dict[str, float]:
+    """The scores that SUMMARY names, in its order."""
+    return {
+        "tail_f1": float(metrics.f1_C[tail_class]),
+        "tail_average_precision": float(metrics.average_precision_C[tail_class]),
+        "macro_f1": metrics.macro_f1,
+        "balanced_accuracy": metrics.balanced_accuracy,
+        "mcc": metrics.mcc,
+        "micro_f1": metrics.micro_f1,
+    }
+
+
+def explain_micro_f1(names: Sequence[str], class_counts_C: Sequence[int]) -> str:
+    """The note to the starred column; class_counts_C: training rows of each class."""
+    tail = int(np.argmin(class_counts_C))
+    return (
+        f"* micro-F1 is the accuracy; class '{names[tail]}' has {class_counts_C[tail]} of "
+        f"{sum(class_counts_C)} training rows, so judge by its F1 and by macro-F1."
+    )
+
+
+def format_evaluation(metrics: Metrics, names: Sequence[str], class_counts_C: Sequence[int]) -> str:
+    """Scores of one model on one data set: each class, all together, the confusion matrix."""
+    tail = int(np.argmin(class_counts_C))
+    per_class: list[list[object]] = [
+        [f"'{name}'" + " (tail)" * (c == tail), *scores_of_class.values()]
+        for c, (name, scores_of_class) in enumerate(zip(names, _per_class(metrics), strict=True))
+    ]
+    summary = summarize(metrics, tail)
+    parts = [
+        format_table(["class", "precision", "recall", "F1", "AP", "rows"], per_class),
+        format_table(["", *SUMMARY.values()], [["all", *summary.values()]]),
+    ]
+    if len(names) <= 8:
+        parts.append(
+            "Confusion matrix (row: true class, column: predicted class):\n\n"
+            + format_confusion("", metrics.confusion_CC, names)
+        )
+    return "\n\n".join([*parts, explain_micro_f1(names, class_counts_C)])
+
+
+def format_confusion(title: str, confusion_CC: np.ndarray, names: Sequence[str]) -> str:
+    """A confusion matrix with the names of its rows and columns."""
+    rows: list[list[object]] = [
+        [f"true '{name}'", *row] for name, row in zip(names, confusion_CC.tolist(), strict=True)
+    ]
+    return format_table([title, *(f"predicted '{name}'" for name in names)], rows)
+
+
+def format_table(header: list[str], rows: list[list[object]]) -> str:
+    """Columns aligned to the right, the first to the left; floats with three digits."""
+    cells = [
+        header,
+        *([f"{x:.3f}" if isinstance(x, float) else str(x) for x in row] for row in rows),
+    ]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in cells
+    )
+
+
+def describe_result(result: Result, recipe: Recipe, model: str) -> dict[str, Any]:
+    """The content of `metrics.json`. `std` is that of a sample of seeds (n - 1); None for one."""
+    names, tail = result.classes.names, result.tail_class
+    summaries = [summarize(s.metrics, tail) for s in result.seeds]
+    columns = {name: [summary[name] for summary in summaries] for name in SUMMARY}
+    return {
+        "classes": [
+            {"name": name, "train_rows": rows}
+            for name, rows in zip(names, result.class_counts_C, strict=True)
+        ],
+        "tail_class": names[tail],
+        "mean": {name: float(np.mean(values)) for name, values in columns.items()},
+        "std": {
+            name: float(np.std(values, ddof=1)) if len(values) > 1 else None
+            for name, values in columns.items()
+        },
+        "seeds": [
+            {
+                "seed": s.seed,
+                **summary,
+                "per_class": [
+                    {"class": name, **scores_of_class}
+                    for name, scores_of_class in zip(names, _per_class(s.metrics), strict=True)
+                ],
+                "confusion": s.metrics.confusion_CC.tolist(),
+                "seconds": {
+                    "stage_1": s.seconds_stage_1,
+                    "stage_2": s.seconds_stage_2,
+                    "evaluation": s.seconds_evaluation,
+                },
+            }
+            for s, summary in zip(result.seeds, summaries, strict=True)
+        ],
+        "model": model,
+        "settings": asdict(recipe),
+        "machine": describe_machine(choose_device(recipe.device))
+        | {"arithmetic": describe_arithmetic(recipe.device, recipe.precision)},
+        "versions": describe_versions(),
+    }
+
+
+def describe_machine(device: torch.device) -> dict[str, Any]:
+    """What a time depends on: the device and, on a CPU, its threads and bf16 units."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), "threads": torch.get_num_threads()}
+    capabilities = torch.cpu.get_capabilities()
+    return {
+        "device": capabilities.get("cpu_name", platform.processor()),
+        "threads": torch.get_num_threads(),
+        "avx512_bf16": capabilities.get("avx512_bf16", False),
+        "amx_bf16": capabilities.get("amx_bf16", False),
+    }
+
+
+def describe_versions() -> dict[str, str]:
+    """Python's version and those of the packages that scores and times depend on."""
+    return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
+
+
+def _per_class(metrics: Metrics) -> list[dict[str, float]]:
+    """The scores of each class under their names in `metrics.json`."""
+    columns: dict[str, list[float]] = {
+        "precision": metrics.precision_C.tolist(),
+        "recall": metrics.recall_C.tolist(),
+        "f1": metrics.f1_C.tolist(),
+        "average_precision": metrics.average_precision_C.tolist(),
+        "support": metrics.support_C.tolist(),
+    }
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _other_classes(result: Result) -> list[int]:
+    """All but the tail; none of a long list, which would not fit a line: results.csv has them."""
+    num_classes = len(result.classes)
+    return [c for c in range(num_classes) if c != result.tail_class] if num_classes <= 8 else []
