@@ -321,6 +321,61 @@ def test_an_unknown_model_path_is_one_sentence_and_exit_code_3(
     fails(capsys, 3, f"there is no model folder '{tmp_path / 'no-model'}'", *command)
 
 
+def test_a_models_name_is_looked_up_on_the_hub_after_all_else_was_checked(
+    data: Path, tmp_path: Path
+) -> None:
+    def run(data_path: Path) -> subprocess.CompletedProcess[str]:
+        command = ["train", "-d", str(data_path), "-o", str(tmp_path / "o"), "--model", "some/bert"]
+        # port 9 discards: nobody listens there
+        hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path / "hub")}
+        return subprocess.run(
+            [sys.executable, "-m", "twostage", *command],
+            capture_output=True,
+            text=True,
+            check=False,
+            env={**os.environ, **hub, "NO_PROXY": "127.0.0.1"},
+        )
+
+    unreachable, bad_data = run(data), run(tmp_path / "nowhere")
+    assert unreachable.returncode == 4
+    assert unreachable.stderr.startswith("twostage: error: some/bert could not be downloaded from")
+    assert "check the network" in unreachable.stderr
+    assert unreachable.stderr.count("\n") == 1
+    assert bad_data.returncode == 3
+    assert "there is no data folder" in bad_data.stderr
+    assert not (tmp_path / "o").exists()
+
+
+def test_fetch_hands_each_name_to_its_function_with_its_folder(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[tuple[object, ...]] = []
+    for name, module in [
+        ("fetch_sst2", "data_sets"),
+        ("fetch_aug", "data_sets"),
+        ("fetch_demo", "data_sets"),
+        ("fetch_model", "hub"),
+    ]:
+
+        def fetch(*given: object, name: str = name, **kw: object) -> bool:
+            calls.append((name, *given))
+            return len(calls) % 2 == 1
+
+        monkeypatch.setattr(f"twostage.assets.{module}.{name}", fetch)
+    for words in ("sst2", "aug", "demo --to here", "owner/bert", "bert --to there"):
+        assert main(["fetch", *words.split()]) == 0
+    assert calls == [
+        ("fetch_sst2", Path("SST-2")),
+        ("fetch_aug", Path("down_sampled/0.2")),
+        ("fetch_demo", Path("here")),
+        ("fetch_model", "owner/bert", None),
+        ("fetch_model", "bert", Path("there")),
+    ]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "SST-2: train.tsv and dev.tsv"
+    assert lines[1] == "down_sampled/0.2: aug.csv were there already"
+
+
 def test_a_bad_setting_is_one_sentence_and_exit_code_2(
     tiny: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,7 +51,7 @@ def run_demo(
     recipe = replace(DEMO_RECIPE, seeds=(seed,))
     if not is_demo_complete(folder):
         say("fetching MiniLM and the critics' snippets (93 MB) ...")
-    fetch_demo(folder)
+    fetch_demo(folder, show_progress=show_progress)
     data_path, positives, negatives = downsample_folder(
         folder, folder / "down_sampled", rates=(rate,)
     )[0]

@@ -130,8 +130,11 @@ def patch(archive: Path, offset_central: int, offset_local: int, value: bytes) -
     return archive
 
 
-def test_encrypted_members_condemn_the_archive(make: Callable[..., Path], tmp_path: Path) -> None:
-    archive = patch(make(), 8, 6, struct.pack("<H", 0x1))
+@pytest.mark.parametrize("flag", [0x1, 0x40, 0x2000])
+def test_encrypted_members_condemn_the_archive(
+    make: Callable[..., Path], tmp_path: Path, flag: int
+) -> None:
+    archive = patch(make(), 8, 6, struct.pack("<H", flag))
     assert "is encrypted at 'good.tsv'" in refusal(archive, {"good.tsv": tmp_path / "a"})
 
 

@@ -2,9 +2,11 @@
 
 import errno
 import hashlib
+import io
 import os
 import random
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -135,6 +137,7 @@ def test_a_server_that_knows_no_ranges_sends_all_of_it_again(server: Any, get: A
         ({"content_range": "bytes 29999-99999/100000"}, [None, "bytes=30000-", None]),
         ({"content_range": "bytes 30000-99999/100001"}, [None, "bytes=30000-", None]),
         ({"content_range": "bytes 30000-89999/100000"}, [None, "bytes=30000-", None]),
+        ({"content_range": "bytes 30000-100000/100001"}, [None, "bytes=30000-", None]),
         ({"content_range": "bytes 30000-99999/*"}, [None, "bytes=30000-", None]),
         ({"content_range": "lines 1-2/3"}, [None, "bytes=30000-", None]),
     ],
@@ -556,3 +559,21 @@ def test_a_full_disk_is_a_usage_error_and_keeps_the_old_file(
     with pytest.raises(UsageError, match=r"cannot write '.*data\.bin': No space left on device"):
         get(server.file("/a", BODY))
     assert (tmp_path / "data.bin").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("length", [True, False])
+def test_a_bar_counts_bytes_on_a_terminal_only(
+    server: Any, get: Any, monkeypatch: pytest.MonkeyPatch, length: bool
+) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return is_terminal
+
+    url = server.file("/a", BODY, length=length)
+    for is_terminal in (False, True):
+        monkeypatch.setattr("sys.stderr", Terminal())
+        assert get(url, show_progress=True) == BODY
+        said = sys.stderr.getvalue()  # type: ignore[attr-defined]
+        assert ("data.bin" in said) == is_terminal
+    monkeypatch.undo()
+    assert "B/s" in said

@@ -44,7 +44,8 @@ def find_model(
 
     say: gets one line before a download, and only then
 
-    Raises ModelError for what cannot be a model, and DownloadError where it cannot be had.
+    Raises ModelError for what cannot be a model, DownloadError where it cannot be had, and
+    UsageError when the cache cannot be written.
     """
     # os.path answers for what can be no path at all, where Path raises.
     if os.path.isdir(name):
@@ -68,7 +69,7 @@ def fetch_model(
     """The hub's model of that name, in `folder` if one is given, else in the user's cache.
 
     Nothing is done when it is there already. Raises ModelError and DownloadError as `find_model`
-    does, and UsageError when `folder` cannot be written or holds another model.
+    does, and UsageError when the cache or `folder` cannot be written or holds another model.
     """
     if _is_path(name):
         raise ModelError(
@@ -198,7 +199,7 @@ def _download(name: str, show_progress: bool) -> None:
         snapshot_download(name, allow_patterns=list(files), tqdm_class=Bar)
 
 
-def _explain(name: str, error: Exception) -> DownloadError:
+def _explain(name: str, error: Exception) -> TwoStageError:
     """What went wrong in huggingface_hub, as one sentence; its own run to ten lines."""
     from huggingface_hub import constants
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
@@ -220,7 +221,7 @@ def _explain(name: str, error: Exception) -> DownloadError:
             f"{where} answered with status {status} for {name}; run the command again later"
         )
     if isinstance(error, OSError) and error.errno in _CANNOT_WRITE:
-        return DownloadError(
+        return UsageError(
             f"cannot write '{error.filename or constants.HF_HUB_CACHE}': {error.strerror}; free "
             "its disk, or set HF_HOME to another folder"
         )
