@@ -30,7 +30,9 @@ def test_the_library_example_is_ten_lines_and_runs(
 
 
 def test_every_command_parses() -> None:
-    commands = re.findall(r"(?:^|`)(twostage (?:demo|fetch|downsample|train|evaluate)[^`\n]*)", README, re.M)
+    commands = re.findall(
+        r"(?:^|`)(twostage (?:demo|fetch|downsample|train|evaluate)[^`\n]*)", README, re.M
+    )
     assert len(commands) >= 5
     for command in commands:
         if command != "twostage demo":

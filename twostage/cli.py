@@ -125,8 +125,8 @@ def _add_fetch(commands: "_Commands[argparse.ArgumentParser]") -> None:
     parser.add_argument(
         "name",
         metavar="NAME",
-        help="sst2; aug (the authors' augmented data for rate 0.2); demo; or a model of the Hugging "
-        "Face Hub, such as bert-base-uncased",
+        help="sst2; aug (the authors' augmented data for rate 0.2); demo; or a model of the "
+        "Hugging Face Hub, such as bert-base-uncased",
     )
     parser.add_argument(
         "--to",
