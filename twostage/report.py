@@ -29,6 +29,8 @@ SUMMARY = {
     "micro_f1": "micro-F1*",
 }
 """Scores of a whole data set: name in `metrics.json`, heading in a table."""
+COMPARED = ("tail_f1", "tail_average_precision", "macro_f1", "mcc", "micro_f1")
+"""Those of SUMMARY that stand side by side for several seeds or runs, as far as a line is wide."""
 
 
 def describe_run(train: Table, test: Table, augmented: Table | None, recipe: Recipe) -> str:
@@ -79,23 +81,22 @@ def format_results(result: Result) -> str:
 def score_columns(result: Result) -> list[str]:
     """Headings of the columns that `scores` fills."""
     names = result.classes.names
-    head = [f"tail F1 ('{names[result.tail_class]}')", *list(SUMMARY.values())[1:]]
+    head = [f"tail F1 ('{names[result.tail_class]}')", *(SUMMARY[name] for name in COMPARED[1:])]
     return head + [f"F1 '{names[c]}'" for c in _other_classes(result)]
 
 
 def scores(result: Result) -> list[list[float]]:
-    """A row a seed: the scores of SUMMARY, then the F1s of the other classes."""
-    return [
-        [
-            *summarize(outcome.metrics, result.tail_class).values(),
-            *(outcome.metrics.f1_C[c] for c in _other_classes(result)),
-        ]
-        for outcome in result.seeds
-    ]
+    """A row a seed: the scores of COMPARED, then the F1s of the other classes."""
+    rows = []
+    for outcome in result.seeds:
+        summary = summarize(outcome.metrics, result.tail_class)
+        others = [float(outcome.metrics.f1_C[c]) for c in _other_classes(result)]
+        rows.append([summary[name] for name in COMPARED] + others)
+    return rows
 
 
 def summarize(metrics: Metrics, tail_class: int) -> dict[str, float]:
-    """The scores that SUMMARY names, in its order."""
+    """The scores of SUMMARY, in its order."""
     return {
         "tail_f1": float(metrics.f1_C[tail_class]),
         "tail_average_precision": float(metrics.average_precision_C[tail_class]),
