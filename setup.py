@@ -12,13 +12,14 @@ REQUIRED = [
     "httpx>=0.27",
 ]
 PLOT = ["matplotlib>=3.8"]
+# The rivals in the benchmarks; Trainer's `train_sampling_strategy` is as young as that.
+BENCH = ["transformers>=5.2", "accelerate>=1.0"]
 # The oracles that the tests compare with. The package itself never imports one of them.
 TEST = [
     *PLOT,
     "pytest>=8",
     "hypothesis>=6.100",
-    "transformers>=5.0",
-    "accelerate>=1.0",
+    *BENCH,
     "scikit-learn>=1.5",
     "pandas>=2.2",
     "setuptools>=77",
@@ -50,7 +51,7 @@ setup(
         "plot": PLOT,
         "test": TEST,
         "export": ["onnx>=1.16", "onnxruntime>=1.20"],
-        "bench": ["transformers>=5.0", "accelerate>=1.0"],
+        "bench": [*BENCH, "pytest>=8", "hypothesis>=6.100"],
     },
     entry_points={"console_scripts": ["twostage=twostage.cli:main"]},
 )

@@ -5,10 +5,14 @@ multiplies large matrices and how fast it copies memory (bytes read plus bytes w
 are random: zeros can run faster than real data.
 """
 
+import gc
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
 from time import perf_counter
@@ -17,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from twostage.files import replacing
 from twostage.report import describe_machine, describe_versions
 from twostage.training.precision import choose_device
 
@@ -57,8 +62,6 @@ class StepClock:
         if len(self.ticks) == self.warmup:
             self._synchronize()
             self.warmup_seconds = perf_counter() - self.began
-            if self.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats(self.device)
             if self.profiler is not None:
                 self.profiler.start()
         elif self.profiler is not None and len(self.ticks) == self.warmup + self.steps:
@@ -93,15 +96,43 @@ class StepClock:
             torch.cuda.synchronize(self.device)
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: on a GPU allocated by torch since the warm-up, else of the whole process so far."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+class MemoryPeak:
+    """The most memory that training takes, in bytes.
+
+    On a GPU all that torch has reserved there, what lies in graphs' own pools included. On a CPU
+    the peak of the process above what it held before the model was built, so that one's imports do
+    not count.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.before = 0
+        if device.type == "cpu":
+            gc.collect()
+            self.before = _memory_status("VmRSS")
+
+    def reset(self) -> None:
+        """Forget the peak so far, as that of building the model."""
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        else:
+            gc.collect()
+            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+
+    def read(self) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_reserved(self.device)
+        return _memory_status("VmHWM") - self.before
+
+
+def _memory_status(name: str) -> int:
+    """A line of the kernel's account of this process, in bytes (Linux)."""
     # Not getrusage: its maximum is inherited from the process that started this one.
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("VmHWM"):
+        if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError("/proc/self/status has no VmHWM; peak memory is read on Linux only")
+    raise RuntimeError(f"/proc/self/status has no {name}")
 
 
 def measure_limits(device: torch.device, *, quick: bool = False) -> dict[str, float]:
@@ -135,8 +166,8 @@ def median_seconds(run: Callable[[], object], device: torch.device, repeats: int
     return float(np.median(times[3:]))
 
 
-def describe_run(device_name: str) -> dict[str, Any]:
-    """Commit, machine, versions and command."""
+def describe_environment(device_name: str) -> dict[str, Any]:
+    """Commit, machine, versions (the rivals' too) and command."""
     device = choose_device(device_name)
     machine = describe_machine(device)
     if device.type == "cuda":
@@ -144,7 +175,7 @@ def describe_run(device_name: str) -> dict[str, Any]:
     return {
         "commit": _commit(),
         "machine": machine,
-        "versions": describe_versions(),
+        "versions": describe_versions() | _rival_versions(),
         "command": " ".join(["python", *sys.argv]),
     }
 
@@ -162,24 +193,40 @@ def run_child(script: Path, job: dict[str, Any], timeout: float) -> dict[str, An
         )
     except subprocess.TimeoutExpired:
         return {"error": f"took longer than {timeout:.0f} s"}
+    try:
+        result: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])
+    except (IndexError, ValueError):
+        finished.returncode = finished.returncode or 1
     if finished.returncode:
-        return {"error": (finished.stderr.strip().splitlines() or ["no message"])[-1][:500]}
-    result: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])
+        lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
+        # The last line is not always the telling one: CUDA's errors go on for a few more.
+        named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+        return {"error": (named or lines)[-1][:500], "stderr": "\n".join(lines)[-3_000:]}
     return result
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table whose numeric columns are aligned to the right."""
-    lines = [f"| {' | '.join(map(str, row))} |" for row in rows]
+    lines = [f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |" for row in rows]
     rule = "|".join(["---", *["---:"] * (len(header) - 1)])
     return "\n".join([f"| {' | '.join(header)} |", f"|{rule}|", *lines])
 
 
 def save(folder: Path, name: str, markdown: str, record: dict[str, Any]) -> None:
     """`NAME.md` and `NAME.json`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.md").write_text(markdown + "\n", encoding="utf-8")
-    (folder / f"{name}.json").write_text(json.dumps(record) + "\n", encoding="utf-8")
+    for end, content in (("md", markdown), ("json", json.dumps(record))):
+        with replacing(folder / f"{name}.{end}") as file:
+            file.write(content + "\n")
+
+
+def _rival_versions() -> dict[str, str]:
+    versions = {}
+    for name in ("transformers", "accelerate", "triton"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    if torch.version.cuda is not None:
+        versions["cuda"] = torch.version.cuda
+    return versions
 
 
 def _commit() -> str:

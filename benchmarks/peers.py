@@ -33,8 +33,8 @@ from twostage.training.losses import effective_number_weights, ldam_margins
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 MAX_LENGTH = 128
-BUCKET = 32
-"""P4 pads to multiples of this."""
+BUCKET = 8
+"""P4 pads to multiples of this: at most 16 graphs, captured before the clock starts."""
 
 
 class PeerClassifier(nn.Module):
@@ -129,8 +129,15 @@ def train_with_trainer(
     bf16: bool,
     tuned: bool = False,
     group_by_length: bool = False,
+    on_batch: Callable[[list[int]], None] | None = None,
 ) -> None:
-    """P1, or P2 (`tuned`)."""
+    """P1, or P2 (`tuned`). on_batch: gets the lengths of each batch's texts, in its order."""
+
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+        if on_batch is not None:
+            on_batch([len(text["input_ids"]) for text in batch])
+        return pad(batch)
+
     with tempfile.TemporaryDirectory() as folder:
         settings = transformers.TrainingArguments(
             output_dir=folder,
@@ -148,7 +155,7 @@ def train_with_trainer(
             disable_tqdm=True,
             dataloader_pin_memory=device.type == "cuda",
         )
-        trainer = transformers.Trainer(model, settings, data_collator=pad, train_dataset=texts)
+        trainer = transformers.Trainer(model, settings, data_collator=collate, train_dataset=texts)
         trainer.train()
 
 
@@ -159,10 +166,13 @@ def train_with_graphs(
     learning_rate: float,
     device: torch.device,
     clock: StepClock,
+    *,
+    capture: bool = True,
 ) -> None:
     """P4. All batches lie on the device and all graphs are captured before the first step; the
-    clock counts that as warm-up."""
-    stepper = _GraphedStep(model, batch_size, learning_rate, device)
+    clock counts that as warm-up. capture: False runs each step as it comes, as a CPU does."""
+    capture = capture and device.type == "cuda"
+    stepper = _GraphedStep(model, batch_size, learning_rate, device, capture)
     starts = range(0, len(texts), batch_size)
     batches = [
         {
@@ -172,7 +182,7 @@ def train_with_graphs(
         for i in starts
     ]
     for length in sorted({batch["input_ids"].shape[1] for batch in batches}, reverse=True):
-        stepper.capture(length)
+        stepper.prepare(length)
     for step, batch in enumerate(batches):
         loss = stepper.run(batch, learning_rate * (1 - step / len(batches)))
         clock.tick(loss)
@@ -188,8 +198,14 @@ class _GraphedStep:
     """Forward, backward, clipping and AdamW as one graph for each padded length."""
 
     def __init__(
-        self, model: PeerClassifier, batch_size: int, learning_rate: float, device: torch.device
+        self,
+        model: PeerClassifier,
+        batch_size: int,
+        learning_rate: float,
+        device: torch.device,
+        capture: bool,
     ) -> None:
+        self.captures = capture
         self.model = model.train()
         self.device = device
         self.batch_size = batch_size
@@ -202,17 +218,17 @@ class _GraphedStep:
         self.inputs: dict[int, dict[str, Tensor]] = {}
         self.graphs: dict[int, Any] = {}
         self.losses: dict[int, Tensor] = {}
-        self.pool = torch.cuda.graph_pool_handle() if on_gpu else None
+        self.pool = torch.cuda.graph_pool_handle() if capture else None
 
-    def capture(self, length: int) -> None:
-        """Make the graph for batches padded to `length`; weights and optimizer stay as they are."""
+    def prepare(self, length: int) -> None:
+        """Make buffers and graph for batches padded to `length`; weights stay as they are."""
         shape = (self.batch_size, length)
         self.inputs[length] = {
             "input_ids": torch.randint(1_000, 2_000, shape, device=self.device),
             "attention_mask": torch.ones(shape, dtype=torch.long, device=self.device),
             "labels": torch.zeros(self.batch_size, dtype=torch.long, device=self.device),
         }
-        if self.device.type != "cuda":
+        if not self.captures:
             return
         weights = [p.detach().clone() for p in self.trained]
         stream = torch.cuda.Stream()
@@ -237,7 +253,7 @@ class _GraphedStep:
         for name, tensor in batch.items():
             self.inputs[length][name].copy_(tensor)
         self.learning_rate.fill_(learning_rate)
-        if self.device.type == "cuda":
+        if self.captures:
             self.graphs[length].replay()
             return self.losses[length].clone()
         self.optimizer.zero_grad(set_to_none=True)

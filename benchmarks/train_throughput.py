@@ -24,11 +24,11 @@ import numpy as np
 import torch
 from harness import (
     RESULTS,
+    MemoryPeak,
     StepClock,
-    describe_run,
+    describe_environment,
     markdown_table,
     measure_limits,
-    peak_memory,
     run_child,
     save,
 )
@@ -94,7 +94,7 @@ def main() -> None:
         for job in jobs
         if job["run"] == "ours bf16" and job["batch_size"] == jobs[0]["batch_size"]
     ]
-    record = describe_run(options.device) | {
+    record = describe_environment(options.device) | {
         "limits": measure_limits(choose_device(options.device))
     }
     name = f"train_throughput-{options.model}-{describe_place(record)}"
@@ -144,6 +144,8 @@ def describe_place(record: dict[str, Any]) -> str:
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """Time one case in this process; `profile` adds what the steps spend their time on."""
     device = choose_device(job["device"])
+    if job.get("limits"):
+        return measure_limits(device, quick=job["limits"] == "quick")
     batch_size, steps, warmup = job["batch_size"], job["steps"], job["warmup"]
     # One step more than is timed: a step ends where the next computes its loss.
     num_texts = (warmup + steps + 1) * batch_size
@@ -153,24 +155,33 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     profiler = make_profiler(device) if job.get("profile") else None
     clock = StepClock(device, warmup, steps, profiler)
 
-    train = prepare(workload, order, job, device, clock)
+    lengths_N = workload.data.store.lengths.numpy()
+    batches = [lengths_N[rows] for rows in order.reshape(-1, batch_size)]
+    seen: list[list[int]] = []  # by a loop that makes batches of its own
+    memory = MemoryPeak(device)
+    train = prepare(workload, order, job, device, clock, seen.append)
+    memory.reset()
     clock.start()
     train()
 
     seconds = clock.step_seconds()
-    timed = order[(warmup + 1) * batch_size :].reshape(steps, batch_size)
-    lengths_N = workload.data.store.lengths.numpy()
+    timed = [np.array(lengths_B) for lengths_B in (seen or batches)[warmup + 1 :]]
+    assert len(timed) == steps
+    tokens_per_second = float(sum(map(np.sum, timed)) / seconds.sum())
+    examples_per_second = steps * batch_size / seconds.sum()
+    if seen:  # the texts on the clock may be longer or shorter than the others'
+        examples_per_second = tokens_per_second / float(lengths_N.mean())
     config = workload.checkpoint.config
-    flops = sum(needed_flops(config, lengths_N[rows], job["stage"]) for rows in timed)
+    flops = sum(needed_flops(config, lengths_B, job["stage"]) for lengths_B in timed)
     p20, p50, p80 = (round(1e3 * q, 3) for q in np.quantile(seconds, (0.2, 0.5, 0.8)))
     result = {
-        "examples_per_second": timed.size / seconds.sum(),
-        "tokens_per_second": float(lengths_N[timed].sum() / seconds.sum()),
+        "examples_per_second": examples_per_second,
+        "tokens_per_second": tokens_per_second,
         "needed_flops_per_second": float(flops / seconds.sum()),
         "needed_bytes_per_second": needed_bytes(config, job["stage"]) / float(np.mean(seconds)),
         "step_ms_p20_p50_p80": [p20, p50, p80],
         "warmup_seconds": round(clock.warmup_seconds, 2),
-        "peak_memory_mib": round(peak_memory(device) / 2**20),
+        "peak_memory_mib": round(memory.read() / 2**20),
         "mean_loss": clock.mean_loss(),
     }
     if profiler is not None:
@@ -184,10 +195,15 @@ def prepare(
     job: dict[str, Any],
     device: torch.device,
     clock: StepClock,
+    on_batch: Callable[[list[int]], None],
 ) -> Callable[[], None]:
-    """Build the model and lay out the texts; the training is what is returned."""
+    """Build the model and lay out the texts; the training is what is returned.
+
+    on_batch: gets the lengths of the texts in each batch, if the loop makes batches of its own.
+    """
     loop, settings = RUNS[job["run"]]
     stage, batch_size = job["stage"], job["batch_size"]
+    learning_rate = job.get("learning_rate", LEARNING_RATES[stage])
     generator = torch.Generator().manual_seed(SEED)
     ours = build_model(workload.checkpoint, 2, generator)
     counts_C = workload.data.class_counts(2)
@@ -197,7 +213,7 @@ def prepare(
             freeze_below_top(ours, 1)
         loss = make_loss("ldam", "effective", counts_C, device) if stage == 1 else cross_entropy
         dtype = torch.bfloat16 if settings["bf16"] else torch.float32
-        stage_settings = StageSettings(1, LEARNING_RATES[stage], batch_size, dtype=dtype)
+        stage_settings = StageSettings(1, learning_rate, batch_size, dtype=dtype)
         state = TrainingState(SEED, ours, stage=stage)
         return lambda: train_stage(state, workload.data, clock.watch(loss), stage_settings)
 
@@ -218,12 +234,13 @@ def prepare(
         }
         for i in order
     ]
-    common = (model, texts, batch_size, LEARNING_RATES[stage], device)
+    common = (model, texts, batch_size, learning_rate, device)
     if loop == "P0":
         return lambda: peers.train_published(*common)
     if loop == "P4":
         return lambda: peers.train_with_graphs(*common, clock)
-    return lambda: peers.train_with_trainer(*common, **settings)
+    listener = on_batch if settings.get("group_by_length") else None
+    return lambda: peers.train_with_trainer(*common, **settings, on_batch=listener)
 
 
 def make_profiler(device: torch.device) -> torch.profiler.profile:
@@ -242,7 +259,11 @@ def top_operations(
     def own_time(event: Any) -> float:
         return float(event.self_device_time_total if on_gpu else event.self_cpu_time_total)
 
-    events = [event for event in profiler.key_averages() if own_time(event) > 0]
+    events = [
+        event
+        for event in profiler.key_averages()
+        if own_time(event) > 0 and not getattr(event, "is_user_annotation", False)
+    ]
     if on_gpu:  # kernels alone: the operations that launch them carry the same time again
         events = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
     total = sum(map(own_time, events))
@@ -270,7 +291,7 @@ def describe(record: dict[str, Any]) -> str:
     for row in rows:
         head = [row["run"], row["stage"], row["batch_size"]]
         if "error" in row:
-            lines.append([*head, f"failed: {row['error']}", *[""] * 7])
+            lines.append([*head, f"failed: {row['error']}", *[""] * 8])
             continue
         p1 = reference.get((row["stage"], row["batch_size"]))
         p20, p50, p80 = row["step_ms_p20_p50_p80"]
@@ -281,25 +302,44 @@ def describe(record: dict[str, Any]) -> str:
                 f"{row['examples_per_second'] / p1:.2f}" if p1 else "",
                 f"{row['tokens_per_second']:.0f}",
                 f"{p50:.1f} ({p20:.1f}-{p80:.1f})",
-                f"{row['needed_flops_per_second'] / limits['matmul_bf16_flops']:.1%}",
-                f"{row['needed_bytes_per_second'] / limits['copy_bytes']:.1%}",
+                share(row["needed_flops_per_second"], limits.get("matmul_bf16_flops")),
+                share(row["needed_bytes_per_second"], limits.get("copy_bytes")),
                 row["peak_memory_mib"],
                 row["warmup_seconds"],
+                f"{row['mean_loss']:.4f}",
             ]
         )
     header = ["run", "stage", "batch", "examples/s", "× P1 bf16", "real tokens/s"]
-    header += ["step ms, p50 (p20-p80)", "of matmul", "of copy", "peak MiB", "warm-up s"]
+    header += [
+        "step ms, p50 (p20-p80)",
+        "of matmul",
+        "of copy",
+        "memory MiB",
+        "warm-up s",
+        "mean loss",
+    ]
     machine = record["machine"]
     parts = [
         f"{machine['device']}, {machine['threads']} threads, torch {record['versions']['torch']}, "
         f"commit {record['commit']}: {record['command']}",
-        f"Limits measured in this run: bf16 matmul {limits['matmul_bf16_flops'] / 1e12:.3g} "
-        f"TFLOP/s, fp32 {limits['matmul_fp32_flops'] / 1e12:.3g}, copy "
-        f"{limits['copy_bytes'] / 1e9:.3g} GB/s.",
+        f"Limits measured in this run: {describe_limits(limits)}.",
         markdown_table(header, lines),
     ]
     parts += [describe_profile(row) for row in record["rows"] if row.get("profile")]
     return "\n\n".join(parts)
+
+
+def describe_limits(limits: dict[str, Any]) -> str:
+    if "error" in limits:
+        return f"failed: {limits['error']}"
+    return (
+        f"bf16 matmul {limits['matmul_bf16_flops'] / 1e12:.3g} TFLOP/s, fp32 "
+        f"{limits['matmul_fp32_flops'] / 1e12:.3g}, copy {limits['copy_bytes'] / 1e9:.3g} GB/s"
+    )
+
+
+def share(part: float, whole: float | None) -> str:
+    return f"{part / whole:.1%}" if whole else ""
 
 
 def describe_profile(row: dict[str, Any]) -> str:

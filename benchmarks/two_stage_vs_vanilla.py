@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from harness import RESULTS, describe_run, markdown_table, save
+from harness import RESULTS, describe_environment, markdown_table, save
 
 from twostage.assets.data_sets import fetch_demo
 from twostage.data.downsampling import downsample_folder
@@ -37,7 +37,7 @@ def main() -> None:
 
     fetch_demo(options.data)
     rows: list[dict[str, Any]] = []
-    record = describe_run(recipe.device) | {
+    record = describe_environment(recipe.device) | {
         "what": "MiniLM-L6, critics' snippets, lr 5e-4 / 5e-5, one epoch a stage",
         "arithmetic": describe_arithmetic(recipe.device, recipe.precision),
         "seeds": seeds,

@@ -13,6 +13,8 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
+from twostage.model.checkpoint import build_model
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -36,24 +38,68 @@ def workload(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def test_without_dropout_every_rival_has_our_losses(
     train_throughput: ModuleType, stage: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    common = {"model": "tiny", "data": "", "device": "cpu", "warmup": 2, "dropout": 0.0}
-    losses = {}
-    for run, settings in train_throughput.RUNS.items():
-        if not settings[1].get("group_by_length"):
-            (job,) = train_throughput.make_jobs((run,), (stage,), (4,), 24, **common)
-            losses[run] = train_throughput.run_job(job)["mean_loss"]
-    ours = losses.pop("ours fp32")
-    assert len(losses) == 6
-    for run, loss in losses.items():
-        tolerance = 1e-5 if "fp32" in run else 1e-3
-        assert loss == pytest.approx(ours, rel=tolerance), run
+    """At a learning rate at which a rival that learnt otherwise, or not at all, would differ."""
+
+    def mean_loss(run: str, learning_rate: float) -> float:
+        (job,) = train_throughput.make_jobs(
+            (run,), (stage,), (4,), 80, model="tiny", data="", device="cpu", warmup=2, dropout=0.0
+        )
+        result = train_throughput.run_job(job | {"learning_rate": learning_rate})
+        return float(result["mean_loss"])
+
+    ours, untrained = mean_loss("ours fp32", 1e-3), mean_loss("ours fp32", 0.0)
+    runs = [name for name, (_, s) in train_throughput.RUNS.items() if not s.get("group_by_length")]
+    assert len(runs) == 7
+    for run in runs:
+        tolerance = 1e-4 if "fp32" in run else 5e-3
+        assert abs(ours - untrained) > 4 * tolerance * ours
+        assert mean_loss(run, 1e-3) == pytest.approx(ours, rel=tolerance), run
 
 
-def test_two_runs_on_the_same_texts_differ_when_the_texts_do(train_throughput: ModuleType) -> None:
-    common = {"model": "tiny", "data": "", "device": "cpu", "warmup": 2, "dropout": 0.0}
-    jobs = train_throughput.make_jobs(("ours fp32",), (2,), (4, 5), 20, **common)
-    first, second = (train_throughput.run_job(job)["mean_loss"] for job in jobs)
-    assert first != pytest.approx(second, rel=1e-5)
+def test_batches_grouped_by_length_are_counted_as_they_are(
+    train_throughput: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (job,) = train_throughput.make_jobs(
+        ("P2 bf16, by length",), (2,), (4,), 40, model="tiny", data="", device="cpu", warmup=1
+    )
+    result = train_throughput.run_job(job)
+    (other,) = train_throughput.make_jobs(
+        ("P2 bf16",), (2,), (4,), 40, model="tiny", data="", device="cpu", warmup=1
+    )
+    mean = result["tokens_per_second"] / result["examples_per_second"]
+    plain = train_throughput.run_job(other)
+    texts = train_throughput.make_workload("tiny", 48, Path(), 0.1).data.store.lengths
+    assert mean == pytest.approx(float(texts.float().mean()))
+    assert plain["tokens_per_second"] / plain["examples_per_second"] != pytest.approx(mean)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU in this machine")
+def test_the_graphs_of_p4_train_as_its_single_steps_do(
+    train_throughput: ModuleType, workload: ModuleType
+) -> None:
+    import harness
+    import peers
+
+    device = torch.device("cuda")
+    work = workload.make_workload("tiny", 96, Path(), 0.0)
+    store = work.data.store
+    texts = [
+        {"input_ids": store.ids[store.offsets[i] : store.offsets[i + 1]], "labels": int(label)}
+        for i, label in enumerate(work.data.labels_N)
+    ]
+    lengths = {peers.pad_to_bucket(texts[i : i + 4])["input_ids"].shape[1] for i in range(0, 96, 4)}
+    assert len(lengths) > 2
+    outcomes = []
+    for capture in (True, False):
+        ours = build_model(work.checkpoint, 2, torch.Generator().manual_seed(0))
+        model = peers.PeerClassifier(ours, "sdpa", peers.stage_loss(2, [1, 1], device)).to(device)
+        clock = harness.StepClock(device, 0, 23)
+        peers.train_with_graphs(model, texts, 4, 1e-3, device, clock, capture=capture)
+        outcomes.append((torch.stack(clock.losses), [p.detach() for p in model.parameters()]))
+    (graph_losses, graph_weights), (losses, weights) = outcomes
+    torch.testing.assert_close(graph_losses, losses, rtol=1e-2, atol=1e-3)
+    for ours_p, theirs_p in zip(graph_weights, weights, strict=True):
+        torch.testing.assert_close(ours_p, theirs_p, rtol=0.05, atol=2e-3)
 
 
 def test_a_layers_needed_operations_are_those_that_torch_counts(workload: ModuleType) -> None:
@@ -93,14 +139,14 @@ def test_random_texts_have_the_snippets_lengths(workload: ModuleType) -> None:
 
 
 def test_a_case_that_fails_or_hangs_is_a_row_with_its_reason(
-    train_throughput: ModuleType, tmp_path: Path
+    train_throughput: ModuleType,
 ) -> None:
-    jobs = [
-        {"run": "ours fp32", "stage": 2, "batch_size": 4, "steps": 2, "model": "none"},
-        {"run": "ours fp32", "stage": 2, "batch_size": 4, "steps": 2, "model": "tiny"},
-    ]
-    *_, rows = train_throughput.run_jobs(jobs[:1])
-    assert "KeyError" in rows[0]["error"]
+    common = {"run": "ours fp32", "stage": 2, "batch_size": 4, "steps": 2, "warmup": 1}
+    jobs = [common | {"model": model, "data": "", "device": "cpu"} for model in ("none", "tiny")]
+    *_, rows = train_throughput.run_jobs(jobs)
+    assert rows[0]["error"] == "KeyError: 'none'"
+    assert "Traceback" in rows[0]["stderr"]
+    assert rows[1]["examples_per_second"] > 0
     *_, rows = train_throughput.run_jobs(jobs, seconds_a_job=0.01)
     assert [row["error"] for row in rows] == ["took longer than 0 s"] * 2
     *_, rows = train_throughput.run_jobs(jobs, seconds=0.0)

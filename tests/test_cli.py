@@ -124,7 +124,11 @@ def test_metrics_json_tells_everything_about_every_seed(
         values = pd.Series([seed[name] for seed in report["seeds"]])
         assert report["mean"][name] == pytest.approx(values.mean())
         assert report["std"][name] == pytest.approx(values.std())
-    assert report["model"] == str(tiny)
+    assert report["inputs"] == {
+        "model": str(tiny),
+        "train": str(data / "train.csv"),
+        "test": str(data / "test.csv"),
+    }
     assert report["settings"]["max_length"] == 9
     assert report["settings"]["seeds"] == [7, 42, 1]
     assert report["machine"]["arithmetic"] == "fp32 on cpu"
@@ -264,12 +268,20 @@ def test_every_flag_of_train_reaches_the_recipe(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_results_of_an_earlier_run_are_kept_aside(tiny: Path, data: Path, tmp_path: Path) -> None:
-    command = arguments(data, tiny, tmp_path / "o", "-e", "0", "--seeds")
+    output = tmp_path / "o"
+    command = arguments(data, tiny, output, "-e", "0", "--save-models", "--seeds")
     assert main([*command, "1"]) == 0
-    earlier = (tmp_path / "o" / "results.csv").read_text()
+    earlier = (output / "results.csv").read_text()
+    weights = (output / "seed-1" / "model.safetensors").read_bytes()
     assert main([*command, "2"]) == 0
-    assert (tmp_path / "o" / "results.csv.previous").read_text() == earlier
-    assert (tmp_path / "o" / "results.csv").read_text() != earlier
+    assert (output / "results.csv.previous").read_text() == earlier
+    assert (output / "results.csv").read_text() != earlier
+    assert (output / "seed-1.previous" / "model.safetensors").read_bytes() == weights
+    assert {path.name for path in output.glob("seed-*")} == {"seed-1.previous", "seed-2"}
+    assert main([*command, "1"]) == 0
+    assert main([*command, "1", "--lr-stage-2", "0.1"]) == 0
+    assert (output / "seed-1.previous" / "model.safetensors").read_bytes() == weights
+    assert (output / "seed-1" / "model.safetensors").read_bytes() != weights
 
 
 def test_string_labels_and_three_classes(tiny: Path, tmp_path: Path) -> None:
@@ -461,19 +473,28 @@ def test_a_full_disk_is_one_sentence(
     assert not list(output.glob("*.partial"))
 
 
+@pytest.mark.parametrize("method", ["mkdir", "open", "replace"])
 def test_a_read_only_output_is_one_sentence(
     tiny: Path,
     data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    method: str,
 ) -> None:
-    def refuse(self: Path, *rest: object, **kw: object) -> None:
-        raise OSError(30, "Read-only file system")
+    output = tmp_path / "o"
+    if method != "mkdir":
+        output.mkdir()
+        (output / "results.csv").touch()
+    original = getattr(Path, method)
 
-    command = arguments(data, tiny, tmp_path / "o")
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    fails(capsys, 2, f"cannot write '{tmp_path / 'o'}': Read-only file system", *command)
+    def refuse(self: Path, *rest: object, **kw: object) -> object:
+        if self.is_relative_to(output):
+            raise OSError(30, "Read-only file system")
+        return original(self, *rest, **kw)
+
+    monkeypatch.setattr(Path, method, refuse)
+    fails(capsys, 2, "Read-only file system", *arguments(data, tiny, output, "--seeds", "1"))
 
 
 def test_a_run_that_diverges_stops_with_exit_code_7(

@@ -1,6 +1,7 @@
 """A trained classifier, written and read back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -107,3 +108,36 @@ def test_a_save_that_fails_leaves_the_earlier_model_whole(
         save_model(saved, build(tiny), load_tokenizer(tiny), INFO)
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     assert {path.name for path in saved.parent.iterdir()} == {"tiny", "saved"}
+
+
+def test_half_precision_files_load_as_fp32(saved: Path) -> None:
+    stored = load_file(saved / "model.safetensors")
+    halves = {name: tensor.half() for name, tensor in stored.items()}
+    save_file(halves, saved / "model.safetensors")
+    model = load_model(saved)[0]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert torch.equal(model.classifier[2].weight, halves["classifier.2.weight"].float())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"max_length": 513}, r"config\.json: max_length is 513, but there are 512 positions"),
+        ({"vocab_size": 30_000}, r"shape \[30522, 32\]; config\.json asks for \[30000, 32\]"),
+    ],
+)
+def test_a_description_that_does_not_fit_the_weights_is_refused(
+    saved: Path, change: dict[str, object], message: str
+) -> None:
+    path = saved / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ModelError, match=message):
+        load_model(saved)
+
+
+def test_saving_again_replaces_the_folder(tiny: Path, saved: Path) -> None:
+    (saved / "stray").touch()
+    save_model(saved, build(tiny), load_tokenizer(tiny), replace(INFO, max_length=9))
+    assert load_model(saved)[2].max_length == 9
+    assert {path.name for path in saved.parent.iterdir()} == {"tiny", "saved"}
+    assert not (saved / "stray").exists()

@@ -1,7 +1,7 @@
 """The `twostage` command: arguments only. What each command does is elsewhere.
 
-Exit codes: 0 done; 2 usage; 3 data or model unusable; 4 network or missing download; 7 non-finite
-numbers; 130 Ctrl-C; 143 SIGTERM.
+Exit codes: 0 done; 2 usage, or output that cannot be written; 3 data or model unusable; 4 network
+or missing download; 7 non-finite numbers; 130 Ctrl-C; 143 SIGTERM.
 """
 
 import argparse
@@ -333,7 +333,7 @@ def _train(options: argparse.Namespace) -> None:
         device=options.device,
         upstream_schedule=options.upstream_schedule,
     )
-    # What can be wrong without the model is found before the model is downloaded.
+    # What the settings and the data have wrong is said before a model is downloaded.
     choose_device(recipe.device)
     data = read_data(options.data_path, recipe, options.encoding)
     result = run_experiment(
@@ -345,7 +345,8 @@ def _train(options: argparse.Namespace) -> None:
         show_progress=True,
     )
     print("\n" + format_results(result))
-    print(f"written: {options.output_path}/results.csv, ave_sst.csv, metrics.json, log.csv")
+    models = ", and a folder for each seed's model" if options.save_models else ""
+    print(f"written: {options.output_path}/results.csv, ave_sst.csv, metrics.json, log.csv{models}")
 
 
 def _evaluate(options: argparse.Namespace) -> None:

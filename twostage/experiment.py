@@ -9,18 +9,19 @@ nothing that was finished:
     log.csv        loss, gradient norm, learning rate and speed during training
     seed-7/ …      the trained models, if asked for
 
-Results of an earlier run in the same folder are kept as `results.csv.previous` and so on.
+What an earlier run left in the same folder is kept once, as `results.csv.previous` and so on.
 """
 
 import csv
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import astuple, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from .data.tables import Classes, Table, read_table, write_table
+from .data.tables import Classes, Table, find_classes, read_table, write_table
 from .data.tokenization import load_tokenizer, tokenize
 from .errors import DataError, writing_to
 from .files import replacing
@@ -62,15 +63,13 @@ def run_experiment(
     say(describe_run(data.train, data.test, data.augmented, recipe))
     with writing_to(output_path):
         output_path.mkdir(parents=True, exist_ok=True)
-        for name in RESULT_FILES:
-            if (output_path / name).exists():
-                (output_path / name).replace(output_path / f"{name}.previous")
+        _keep_earlier(output_path)
 
     finished = 0
 
     def end_seed(result: Result, trained: BertClassifier) -> None:
         nonlocal finished
-        write_results(result, recipe, model, output_path)
+        write_results(result, recipe, model, data, output_path)
         if save_models:
             folder = output_path / f"seed-{result.seeds[-1].seed}"
             info = ModelInfo(result.classes.names, result.class_counts_C, recipe.max_length)
@@ -118,7 +117,9 @@ def evaluate_file(
     return compute_metrics(labels_N, logits_NC.numpy()), info
 
 
-def write_results(result: Result, recipe: Recipe, model: Path, folder: Path) -> None:
+def write_results(
+    result: Result, recipe: Recipe, model: Path, data: ExperimentData, folder: Path
+) -> None:
     """`results.csv`, `ave_sst.csv` and `metrics.json` of the seeds so far."""
     header = ["", "Seed", "F1", *(f"F1_{c}" for c in range(len(result.classes)))]
     rows = [[s.seed, s.metrics.micro_f1, *s.metrics.f1_C.tolist()] for s in result.seeds]
@@ -126,23 +127,43 @@ def write_results(result: Result, recipe: Recipe, model: Path, folder: Path) -> 
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     write_table(folder / "ave_sst.csv", header, [[0, *means]])
     with replacing(folder / "metrics.json") as file:
-        json.dump(describe_result(result, recipe, str(model)), file, indent=2)
+        inputs = {"model": str(model), "train": data.train.source, "test": data.test.source}
+        if data.augmented:
+            inputs["augmented"] = data.augmented.source
+        json.dump(describe_result(result, recipe, inputs), file, indent=2)
         file.write("\n")
 
 
 def read_data(data_path: Path, recipe: Recipe, encoding: str = "utf-8") -> ExperimentData:
-    """The tables of a data folder; `aug.csv` only where the recipe needs it."""
+    """The tables of a data folder; `aug.csv` only where the recipe needs it.
+
+    Raises DataError, also for a label that no training row has.
+    """
     if not data_path.is_dir():
         raise DataError(
             f"there is no data folder '{data_path}'; it should hold train.csv, test.csv"
         )
     train, test = (read_table(data_path / name, encoding) for name in ("train.csv", "test.csv"))
+    classes = find_classes(train)
+    classes.encode(test)
     if not recipe.needs_augmented:
         return ExperimentData(train, test)
     path = data_path / "aug.csv"
     if not path.is_file():
         raise DataError(f"method 'augment' reads '{path}', which does not exist")
-    return ExperimentData(train, test, read_table(path, encoding))
+    augmented = read_table(path, encoding)
+    classes.encode(augmented)
+    return ExperimentData(train, test, augmented)
+
+
+def _keep_earlier(folder: Path) -> None:
+    """Rename the results of an earlier run; those of the run before that one go."""
+    for path in [*(folder / name for name in RESULT_FILES), *folder.glob("seed-*[0-9]")]:
+        if path.exists():
+            aside = path.with_name(path.name + ".previous")
+            if aside.is_dir():
+                shutil.rmtree(aside)
+            path.replace(aside)
 
 
 @contextmanager

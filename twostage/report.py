@@ -157,8 +157,11 @@ def format_table(header: list[str], rows: list[list[object]]) -> str:
     )
 
 
-def describe_result(result: Result, recipe: Recipe, model: str) -> dict[str, Any]:
-    """The content of `metrics.json`. `std` is that of a sample of seeds (n - 1); None for one."""
+def describe_result(result: Result, recipe: Recipe, inputs: dict[str, str]) -> dict[str, Any]:
+    """The content of `metrics.json`. `std` is that of a sample of seeds (n - 1); None for one.
+
+    inputs: paths of the model and the tables.
+    """
     names, tail = result.classes.names, result.tail_class
     summaries = [summarize(s.metrics, tail) for s in result.seeds]
     columns = {name: [summary[name] for summary in summaries] for name in SUMMARY}
@@ -190,7 +193,7 @@ def describe_result(result: Result, recipe: Recipe, model: str) -> dict[str, Any
             }
             for s, summary in zip(result.seeds, summaries, strict=True)
         ],
-        "model": model,
+        "inputs": inputs,
         "settings": asdict(recipe),
         "machine": describe_machine(choose_device(recipe.device))
         | {"arithmetic": describe_arithmetic(recipe.device, recipe.precision)},

@@ -53,7 +53,7 @@ def save_model(
 
     Raises UsageError when it cannot be written.
     """
-    partial = folder.with_name(folder.name + ".partial")
+    partial, earlier = (folder.with_name(folder.name + end) for end in (".partial", ".earlier"))
     with writing_to(folder):
         shutil.rmtree(partial, ignore_errors=True)
         try:
@@ -62,10 +62,12 @@ def save_model(
             description = json.dumps(_describe(classifier, info), indent=2) + "\n"
             (partial / "config.json").write_text(description, encoding="utf-8")
             (partial / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                folder.replace(earlier)
             partial.replace(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+            shutil.rmtree(earlier, ignore_errors=True)
 
 
 def load_model(folder: Path) -> tuple[BertClassifier, "Tokenizer", ModelInfo]:
@@ -81,17 +83,31 @@ def load_model(folder: Path) -> tuple[BertClassifier, "Tokenizer", ModelInfo]:
     stored = read_tensors(path)
     head = {name: stored.pop(name) for name in list(stored) if name.startswith("classifier.")}
     encoder = from_stored(stored, config, str(path))
-    tensors = head | {f"bert.{name}": tensor for name, tensor in encoder.items()}
+    tensors = {f"bert.{name}": tensor for name, tensor in encoder.items()}
     with torch.device("meta"):
         expected = dict(BertClassifier(config, len(info.class_names)).named_parameters())
     for name, parameter in expected.items():
-        if name not in tensors or tensors[name].shape != parameter.shape:
+        if name in tensors:
+            continue
+        if name not in head or head[name].shape != parameter.shape:
             raise ModelError(
                 f"{path}: '{name}' is missing or does not have shape {list(parameter.shape)}; "
                 "expected a folder that twostage saved"
             )
+        tensors[name] = head[name].to(torch.float32)
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise ModelError(
+            f"the tokenizer of '{folder}' has {tokenizer.get_vocab_size()} tokens, but its "
+            f"config.json says vocab_size {config.vocab_size}"
+        )
+    if info.max_length > config.max_position_embeddings:
+        raise ModelError(
+            f"{folder / 'config.json'}: max_length is {info.max_length}, but there are "
+            f"{config.max_position_embeddings} positions"
+        )
     parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
-    return assemble_classifier(config, parameters), load_tokenizer(folder), info
+    return assemble_classifier(config, parameters), tokenizer, info
 
 
 def _write_weights(path: Path, classifier: BertClassifier) -> None:

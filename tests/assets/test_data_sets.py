@@ -18,6 +18,7 @@ from twostage.assets.data_sets import (
     AUG_PAGE,
     AUG_URL,
     SST2_ROWS,
+    SST2_SHA256,
     SST2_URL,
     fetch_aug,
     fetch_demo,
@@ -131,26 +132,32 @@ def settings(client: httpx.Client, slept: list[float]) -> dict[str, Any]:
     return {"client": client, "sleep": slept.append}
 
 
+@pytest.fixture
+def sst2_settings(settings: dict[str, Any]) -> dict[str, Any]:
+    """For archives that the tests make themselves."""
+    return settings | {"sha256": None}
+
+
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.exists() else []
 
 
 def test_sst2_arrives_byte_for_byte_and_the_second_fetch_asks_nobody(
-    server: Any, settings: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    server: Any, sst2_settings: dict[str, Any], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     tables = {"train": sst2_table(67_349), "dev": sst2_table(872)}
     url = server.file("/SST-2.zip", zipped(**tables), cuts=(5_000,))
     folder = tmp_path / "SST-2"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert fetch_sst2(folder, url=url, **settings) is True
+        assert fetch_sst2(folder, url=url, **sst2_settings) is True
     assert names(folder) == ["dev.tsv", "train.tsv"]
     for name, content in tables.items():
         assert (folder / f"{name}.tsv").read_bytes() == content
         assert len(read_table(folder / f"{name}.tsv")) == SST2_ROWS[f"{name}.tsv"]
     assert len(server.requests) == 2
 
-    assert fetch_sst2(folder, url=url, **settings) is False
+    assert fetch_sst2(folder, url=url, **sst2_settings) is False
     assert len(server.requests) == 2
     assert capfd.readouterr() == ("", "")
 
@@ -171,12 +178,21 @@ def test_the_published_addresses_are_asked(tmp_path: Path) -> None:
     assert asked[1].endswith("?export=download&id=1PyTdS9Ev_OhsU2WQSQWRxBw8TV8Z27tB")
 
 
-def test_another_number_of_rows_is_a_warning(
+def test_an_archive_that_is_not_glues_is_refused_by_its_checksum(
     server: Any, settings: dict[str, Any], tmp_path: Path
 ) -> None:
     url = server.file("/SST-2.zip", zipped(**SMALL))
+    with pytest.raises(DownloadError, match=rf"sha256 [0-9a-f]{{64}} instead of {SST2_SHA256}"):
+        fetch_sst2(tmp_path, url=url, **settings)
+    assert names(tmp_path) == []
+
+
+def test_another_number_of_rows_is_a_warning(
+    server: Any, sst2_settings: dict[str, Any], tmp_path: Path
+) -> None:
+    url = server.file("/SST-2.zip", zipped(**SMALL))
     with pytest.warns(TwoStageWarning) as caught:
-        assert fetch_sst2(tmp_path, url=url, **settings) is True
+        assert fetch_sst2(tmp_path, url=url, **sst2_settings) is True
     assert [str(warning.message) for warning in caught] == [
         "train.tsv of SST-2 has 20 rows instead of 67,349, so scores may differ from published "
         "ones",
@@ -200,11 +216,11 @@ def test_another_number_of_rows_is_a_warning(
     ],
 )
 def test_an_archive_with_other_tables_places_none_of_them(
-    server: Any, settings: dict[str, Any], tmp_path: Path, dev: bytes, said: str
+    server: Any, sst2_settings: dict[str, Any], tmp_path: Path, dev: bytes, said: str
 ) -> None:
     url = server.file("/SST-2.zip", zipped(train=SMALL["train"], dev=dev))
     with pytest.raises(DownloadError) as caught:
-        fetch_sst2(tmp_path, url=url, **settings)
+        fetch_sst2(tmp_path, url=url, **sst2_settings)
     assert said in str(caught.value)
     assert f"SST-2/dev.tsv in '{tmp_path}" in str(caught.value)
     assert ".unpacked" not in str(caught.value)
@@ -214,19 +230,19 @@ def test_an_archive_with_other_tables_places_none_of_them(
 
 @pytest.mark.parametrize("content", [b"PK", zipped(train=SMALL["train"])])
 def test_a_damaged_archive_leaves_nothing(
-    server: Any, settings: dict[str, Any], tmp_path: Path, content: bytes
+    server: Any, sst2_settings: dict[str, Any], tmp_path: Path, content: bytes
 ) -> None:
     with pytest.raises(DownloadError, match=r"SST-2\.zip' (is not a whole|holds no file)"):
-        fetch_sst2(tmp_path, url=server.file("/SST-2.zip", content), **settings)
+        fetch_sst2(tmp_path, url=server.file("/SST-2.zip", content), **sst2_settings)
     assert names(tmp_path) == []
 
 
 def test_a_failed_fetch_says_what_to_do_by_hand_and_that_way_works(
-    server: Any, settings: dict[str, Any], tmp_path: Path
+    server: Any, sst2_settings: dict[str, Any], tmp_path: Path
 ) -> None:
     url = server.answer("/SST-2.zip", b"<html>Blocked", kind="text/html")
     with pytest.raises(DownloadError) as caught:
-        fetch_sst2(tmp_path, url=url, **settings)
+        fetch_sst2(tmp_path, url=url, **sst2_settings)
     assert str(caught.value) == (
         f"{url} answered with a web page instead of the file; get it in a browser, save it as "
         f"'{tmp_path / 'SST-2.zip'}' and run the command again"
@@ -234,7 +250,7 @@ def test_a_failed_fetch_says_what_to_do_by_hand_and_that_way_works(
     server.requests.clear()
     (tmp_path / "SST-2.zip").write_bytes(zipped(**SMALL))
     with pytest.warns(TwoStageWarning):
-        assert fetch_sst2(tmp_path, url=url, **settings) is True
+        assert fetch_sst2(tmp_path, url=url, **sst2_settings) is True
     assert server.requests == []
     assert (tmp_path / "train.tsv").read_bytes() == SMALL["train"]
     assert names(tmp_path) == ["SST-2.zip", "dev.tsv", "train.tsv"]  # theirs, so it stays
@@ -242,21 +258,21 @@ def test_a_failed_fetch_says_what_to_do_by_hand_and_that_way_works(
 
 @pytest.mark.filterwarnings("ignore::twostage.errors.TwoStageWarning")
 def test_tables_of_others_are_not_overwritten(
-    server: Any, settings: dict[str, Any], tmp_path: Path
+    server: Any, sst2_settings: dict[str, Any], tmp_path: Path
 ) -> None:
     url = server.file("/SST-2.zip", zipped(**SMALL))
     dev = tmp_path / "dev.tsv"
     dev.write_bytes(b"text\tlabel\nmine\t1\n")  # not its header: seen without a request
     with pytest.raises(UsageError, match=r"dev\.tsv' is another file; choose another folder"):
-        fetch_sst2(tmp_path, url=url, **settings)
+        fetch_sst2(tmp_path, url=url, **sst2_settings)
     assert server.requests == []
     dev.write_bytes(b"sentence\tlabel\nmine\t1\n")  # its header, but not its rows
     with pytest.raises(UsageError, match=r"dev\.tsv' is not SST-2's; choose another folder"):
-        fetch_sst2(tmp_path, url=url, **settings)
+        fetch_sst2(tmp_path, url=url, **sst2_settings)
     assert dev.read_bytes() == b"sentence\tlabel\nmine\t1\n"
     assert names(tmp_path) == ["dev.tsv"]
     dev.write_bytes(SMALL["dev"])  # what a fetch that was killed may leave
-    assert fetch_sst2(tmp_path, url=url, **settings) is True
+    assert fetch_sst2(tmp_path, url=url, **sst2_settings) is True
     assert names(tmp_path) == ["dev.tsv", "train.tsv"]
 
 
