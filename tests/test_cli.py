@@ -284,6 +284,20 @@ def test_results_of_an_earlier_run_are_kept_aside(tiny: Path, data: Path, tmp_pa
     assert (output / "seed-1" / "model.safetensors").read_bytes() != weights
 
 
+def test_a_run_that_fails_at_its_start_takes_no_earlier_results_place(
+    tiny: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "o"
+    command = arguments(data, tiny, output, "-e", "0", "--save-models", "--seeds", "1")
+    assert main(command) == 0
+    before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
+    whole = (tiny / "model.safetensors").read_bytes()
+    (tiny / "model.safetensors").write_bytes(whole[:-1])
+    capsys.readouterr()
+    fails(capsys, 3, "model.safetensors is not a readable safetensors file", *command)
+    assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
+
+
 def test_string_labels_and_three_classes(tiny: Path, tmp_path: Path) -> None:
     rows = [("good", "great"), ("so so", "fair"), ("bad", "poor"), ("bad", "poor")]
     for name in ("train.csv", "test.csv"):

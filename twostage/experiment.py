@@ -15,11 +15,11 @@ What an earlier run left in the same folder is kept once, as `results.csv.previo
 import csv
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import astuple, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from .data.tables import Classes, Table, find_classes, read_table, write_table
 from .data.tokenization import load_tokenizer, tokenize
@@ -61,23 +61,20 @@ def run_experiment(
     say: receives a line for each thing that a user should know.
     """
     say(describe_run(data.train, data.test, data.augmented, recipe))
-    with writing_to(output_path):
-        output_path.mkdir(parents=True, exist_ok=True)
-        _keep_earlier(output_path)
-
     finished = 0
+    with closing(_OutputFolder(output_path)) as output:
 
-    def end_seed(result: Result, trained: BertClassifier) -> None:
-        nonlocal finished
-        write_results(result, recipe, model, data, output_path)
-        if save_models:
-            folder = output_path / f"seed-{result.seeds[-1].seed}"
-            info = ModelInfo(result.classes.names, result.class_counts_C, recipe.max_length)
-            save_model(folder, trained, load_tokenizer(model), info)
-        finished += 1
-        say(describe_last_seed(result))
+        def end_seed(result: Result, trained: BertClassifier) -> None:
+            nonlocal finished
+            output.begin()
+            write_results(result, recipe, model, data, output_path)
+            if save_models:
+                folder = output_path / f"seed-{result.seeds[-1].seed}"
+                info = ModelInfo(result.classes.names, result.class_counts_C, recipe.max_length)
+                save_model(folder, trained, load_tokenizer(model), info)
+            finished += 1
+            say(describe_last_seed(result))
 
-    with _step_log(output_path / "log.csv") as write_report:
         try:
             return train_two_stage(
                 model,
@@ -85,7 +82,7 @@ def run_experiment(
                 data.test,
                 recipe,
                 augmented=data.augmented,
-                on_report=write_report,
+                on_report=output.write_report,
                 on_seed_end=end_seed,
                 show_progress=show_progress,
             )
@@ -156,30 +153,47 @@ def read_data(data_path: Path, recipe: Recipe, encoding: str = "utf-8") -> Exper
     return ExperimentData(train, test, augmented)
 
 
-def _keep_earlier(folder: Path) -> None:
-    """Rename the results of an earlier run; those of the run before that one go."""
-    for path in [*(folder / name for name in RESULT_FILES), *folder.glob("seed-*[0-9]")]:
-        if path.exists():
-            aside = path.with_name(path.name + ".previous")
-            if aside.is_dir():
-                shutil.rmtree(aside)
-            path.replace(aside)
+class _OutputFolder:
+    """The folder of a run, and its log: a line a report, on disk as soon as it is written.
 
+    An earlier run's results are put aside when the first of ours come, not before: a run that
+    fails at its start takes nobody's place.
+    """
 
-@contextmanager
-def _step_log(path: Path) -> Iterator[Callable[[StepReport], None]]:
-    """A CSV file with a line a report, each on disk as soon as it is written."""
-    with writing_to(path):
-        file = path.open("w", encoding="utf-8", newline="", buffering=1)
-    log = csv.writer(file, lineterminator="\n")
-
-    def write(row: Iterable[object]) -> None:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.log: TextIO | None = None
         with writing_to(path):
-            log.writerow(row)
+            path.mkdir(parents=True, exist_ok=True)
 
-    try:
-        write(field.name for field in fields(StepReport))
-        yield lambda report: write(astuple(report))
-    finally:
-        with writing_to(path):
-            file.close()
+    def begin(self) -> TextIO:
+        """Make room and open the log, once."""
+        if self.log is None:
+            with writing_to(self.path):
+                self._put_earlier_aside()
+                log_path = self.path / "log.csv"
+                self.log = log_path.open("w", encoding="utf-8", newline="", buffering=1)
+            self._write(self.log, (field.name for field in fields(StepReport)))
+        return self.log
+
+    def write_report(self, report: StepReport) -> None:
+        self._write(self.begin(), astuple(report))
+
+    def close(self) -> None:
+        if self.log is not None:
+            with writing_to(self.path / "log.csv"):
+                self.log.close()
+
+    def _write(self, log: TextIO, row: Iterable[object]) -> None:
+        with writing_to(self.path / "log.csv"):
+            csv.writer(log, lineterminator="\n").writerow(row)
+
+    def _put_earlier_aside(self) -> None:
+        """Rename it; what the run before that one left goes."""
+        models = self.path.glob("seed-*[0-9]")
+        for path in [*(self.path / name for name in RESULT_FILES), *models]:
+            if path.exists():
+                aside = path.with_name(path.name + ".previous")
+                if aside.is_dir():
+                    shutil.rmtree(aside)
+                path.replace(aside)
