@@ -157,6 +157,23 @@ def test_two_versions_are_never_spliced(
     assert ranges(server) == asked
 
 
+def test_what_came_whole_before_a_kill_is_not_asked_for_again(
+    server: Any, get: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def kill(self: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
+
+    url = server.file("/a", BODY)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", kill)
+        with pytest.raises(KeyboardInterrupt):
+            get(url)
+    assert not (tmp_path / "data.bin").exists()
+    assert get(url) == BODY
+    assert len(server.requests) == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["data.bin"]
+
+
 def test_a_file_that_became_shorter_is_downloaded_again(server: Any, get: Any) -> None:
     url = server.file("/a", BODY, cuts=(10_000,) * ATTEMPTS)
     refusal(get, url)

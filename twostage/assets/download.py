@@ -169,6 +169,8 @@ def _receive(task: _Task) -> None:
     headers = {"Accept-Encoding": "identity"}
     if known:
         size = partial.stat().st_size
+        if size == known.total:
+            return  # all of it came before, but the process ended before it was put in place
         headers |= {"Range": f"bytes={size}-", "If-Range": known.validator}
     try:
         with _follow_redirects(task, headers) as response:
