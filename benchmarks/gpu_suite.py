@@ -69,9 +69,9 @@ def main() -> int:
     record["seconds"] = perf_counter() - began
     save(output, name, describe_suite(record), record)
     left = slack * SECONDS["all"] - record["seconds"]
-    for record["rows"] in run_jobs(plan(options.rehearse), left, slack * SECONDS["case"]):
-        record["seconds"] = perf_counter() - began
-        row = record["rows"][-1]
+    for rows in run_jobs(plan(options.rehearse), left, slack * SECONDS["case"]):
+        record |= {"rows": rows, "seconds": perf_counter() - began}
+        row = rows[-1]
         print(f"{row['run']}, stage {row['stage']}, batch {row['batch_size']}", flush=True)
         save(output, name, describe_suite(record), record)
 

@@ -193,16 +193,14 @@ def run_child(script: Path, job: dict[str, Any], timeout: float) -> dict[str, An
         )
     except subprocess.TimeoutExpired:
         return {"error": f"took longer than {timeout:.0f} s"}
-    try:
-        result: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])
-    except (IndexError, ValueError):
-        finished.returncode = finished.returncode or 1
-    if finished.returncode:
-        lines = finished.stderr.strip().splitlines() or [f"exit code {finished.returncode}"]
-        # The last line is not always the telling one: CUDA's errors go on for a few more.
-        named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
-        return {"error": (named or lines)[-1][:500], "stderr": "\n".join(lines)[-3_000:]}
-    return result
+    if finished.returncode == 0:
+        with suppress(IndexError, ValueError):  # no last line, or one that is not JSON
+            result: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])
+            return result
+    lines = finished.stderr.strip().splitlines() or [f"no result, exit code {finished.returncode}"]
+    # The last line is not always the telling one: CUDA's errors go on for a few more.
+    named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
+    return {"error": (named or lines)[-1][:500], "stderr": "\n".join(lines)[-3_000:]}
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

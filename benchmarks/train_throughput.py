@@ -94,12 +94,12 @@ def main() -> None:
         for job in jobs
         if job["run"] == "ours bf16" and job["batch_size"] == jobs[0]["batch_size"]
     ]
-    record = describe_environment(options.device) | {
-        "limits": measure_limits(choose_device(options.device))
-    }
+    record = describe_environment(options.device)
+    record["limits"] = run_child(Path(__file__), {"limits": "full", "device": options.device}, 300)
     name = f"train_throughput-{options.model}-{describe_place(record)}"
-    for record["rows"] in run_jobs(jobs):
-        print(json.dumps(record["rows"][-1]), flush=True)
+    for rows in run_jobs(jobs):
+        record["rows"] = rows
+        print(json.dumps(rows[-1]), flush=True)
         save(options.output, name, describe(record), record)
     print(f"\n{describe(record)}\n\n{json.dumps(record)}")
 

@@ -141,3 +141,20 @@ def test_saving_again_replaces_the_folder(tiny: Path, saved: Path) -> None:
     assert load_model(saved)[2].max_length == 9
     assert {path.name for path in saved.parent.iterdir()} == {"tiny", "saved"}
     assert not (saved / "stray").exists()
+
+
+def test_a_rename_that_fails_loses_no_model(
+    tiny: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = (saved / "model.safetensors").read_bytes()
+    original = Path.replace
+
+    def fail(self: Path, target: Path) -> Path:
+        if self.name.endswith(".partial"):
+            raise OSError(5, "Input/output error")
+        return original(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(UsageError, match="Input/output error"):
+        save_model(saved, build(tiny), load_tokenizer(tiny), INFO)
+    assert (saved.with_name("saved.earlier") / "model.safetensors").read_bytes() == before

@@ -25,6 +25,5 @@ def replacing(path: Path) -> Iterator[TextIO]:
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
-        except BaseException:
+        finally:
             partial.unlink(missing_ok=True)
-            raise

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from .data.samplers import SAMPLERS
-from .errors import ModelError, UsageError
+from .errors import UsageError
 from .model.bert import BertConfig
 from .training.losses import CLASS_WEIGHTS, LOSSES, Loss, make_loss
 from .training.precision import PRECISIONS
@@ -128,8 +128,8 @@ class Recipe:
             ldam_max_m=self.ldam_max_m,
         )
 
-    def check_fit(self, config: BertConfig, vocabulary: int, model: str) -> None:
-        """Raise when this encoder and tokenizer cannot run the recipe, or each other."""
+    def check_fit(self, config: BertConfig, model: str) -> None:
+        """Raise UsageError when this encoder cannot run the recipe."""
         if self.max_length > config.max_position_embeddings:
             raise UsageError(
                 f"max_length is {self.max_length}, but '{model}' has "
@@ -139,11 +139,6 @@ class Recipe:
             raise UsageError(
                 f"stage_1_layers is {self.stage_1_layers}, but '{model}' has "
                 f"{config.num_hidden_layers} layers"
-            )
-        if vocabulary > config.vocab_size:
-            raise ModelError(
-                f"the tokenizer of '{model}' has {vocabulary} tokens, but its config.json says "
-                f"vocab_size {config.vocab_size}"
             )
 
 

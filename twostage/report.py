@@ -68,12 +68,13 @@ def describe_last_seed(result: Result) -> str:
 
 def format_results(result: Result) -> str:
     """The table of all seeds, their mean and deviation, ending with what micro-F1 is."""
+    table = scores(result)
     rows: list[list[object]] = [
-        [f"seed {s.seed}", *row] for s, row in zip(result.seeds, scores(result), strict=True)
+        [f"seed {s.seed}", *row] for s, row in zip(result.seeds, table, strict=True)
     ]
     if len(rows) > 1:
-        rows.append(["mean", *np.mean(scores(result), axis=0)])
-        rows.append(["std", *np.std(scores(result), axis=0, ddof=1)])
+        rows.append(["mean", *np.mean(table, axis=0)])
+        rows.append(["std", *np.std(table, axis=0, ddof=1)])
     note = explain_micro_f1(result.classes.names, result.class_counts_C)
     return format_table(["", *score_columns(result)], rows) + f"\n{note}"
 

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from .data.tokenization import load_tokenizer
+from .data.tokenization import check_vocabulary, load_tokenizer
 from .errors import ModelError, UsageError, writing_to
 from .model.bert import BertClassifier, assemble_classifier
 from .model.checkpoint import (
@@ -62,12 +62,13 @@ def save_model(
             description = json.dumps(_describe(classifier, info), indent=2) + "\n"
             (partial / "config.json").write_text(description, encoding="utf-8")
             (partial / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+            shutil.rmtree(earlier, ignore_errors=True)
             if folder.exists():
                 folder.replace(earlier)
             partial.replace(folder)
+            shutil.rmtree(earlier, ignore_errors=True)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.rmtree(earlier, ignore_errors=True)
 
 
 def load_model(folder: Path) -> tuple[BertClassifier, "Tokenizer", ModelInfo]:
@@ -96,11 +97,7 @@ def load_model(folder: Path) -> tuple[BertClassifier, "Tokenizer", ModelInfo]:
             )
         tensors[name] = head[name].to(torch.float32)
     tokenizer = load_tokenizer(folder)
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise ModelError(
-            f"the tokenizer of '{folder}' has {tokenizer.get_vocab_size()} tokens, but its "
-            f"config.json says vocab_size {config.vocab_size}"
-        )
+    check_vocabulary(tokenizer, config.vocab_size, folder)
     if info.max_length > config.max_position_embeddings:
         raise ModelError(
             f"{folder / 'config.json'}: max_length is {info.max_length}, but there are "

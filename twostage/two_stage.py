@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from .data.tables import Classes, Table, find_classes
-from .data.tokenization import load_tokenizer, tokenize
+from .data.tokenization import check_vocabulary, load_tokenizer, tokenize
 from .errors import DataError
 from .model.bert import BertClassifier
 from .model.checkpoint import Checkpoint, build_model, load_checkpoint
@@ -178,7 +178,8 @@ def train_two_stage(
 
     checkpoint = load_checkpoint(model)
     tokenizer = load_tokenizer(model)
-    recipe.check_fit(checkpoint.config, tokenizer.get_vocab_size(), str(model))
+    check_vocabulary(tokenizer, checkpoint.config.vocab_size, model)
+    recipe.check_fit(checkpoint.config, str(model))
     stores = [
         tokenize(
             tokenizer,

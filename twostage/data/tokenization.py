@@ -47,6 +47,16 @@ def load_tokenizer(folder: str | Path) -> "Tokenizer":
     return tokenizer
 
 
+def check_vocabulary(tokenizer: "Tokenizer", vocab_size: int, folder: str | Path) -> None:
+    """Raise ModelError when the tokenizer knows more tokens than the model has embeddings."""
+    tokens = tokenizer.get_vocab_size()
+    if tokens > vocab_size:
+        raise ModelError(
+            f"the tokenizer of '{folder}' has {tokens} tokens, but its config.json says "
+            f"vocab_size {vocab_size}"
+        )
+
+
 def tokenize(
     tokenizer: "Tokenizer",
     texts: Sequence[str],
