@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twostage.kernels.attention import packed_attention, padded_layout
+from twostage.kernels.attention import packed_attention, packed_layout
 
 HEADS, HEAD_SIZE = 3, 4
 
@@ -35,7 +35,7 @@ def test_context_and_gradient_equal_torchs_attention_sequence_by_sequence(
     lengths: list[int], filler: int
 ) -> None:
     qkv, positions, cu_seqlens = packed_inputs(lengths, filler)
-    layout = padded_layout(cu_seqlens, positions, sum(lengths), max(lengths))
+    layout = packed_layout(cu_seqlens, positions, sum(lengths), max(lengths))
     ours_in, theirs_in = (qkv.clone().requires_grad_() for _ in range(2))
     ours, theirs = packed_attention(ours_in, layout, HEADS), one_by_one(theirs_in, lengths)
     upstream = torch.randn(ours.shape, dtype=torch.float64)
@@ -53,7 +53,7 @@ def test_in_bf16_the_softmax_loses_no_more_than_torchs_own() -> None:
     qkv, positions, cu_seqlens = packed_inputs(lengths, 0)
     qkv[:, : 2 * HEADS * HEAD_SIZE] *= 0.05
     qkv[:, 2 * HEADS * HEAD_SIZE :] += 1.0
-    layout = padded_layout(cu_seqlens, positions, 600, 300)
+    layout = packed_layout(cu_seqlens, positions, 600, 300)
     half = qkv.bfloat16()
     exact = one_by_one(half.double(), lengths)
     ours = packed_attention(half, layout, HEADS)
@@ -66,7 +66,7 @@ def test_in_bf16_the_softmax_loses_no_more_than_torchs_own() -> None:
 def test_dropout_of_probabilities_keeps_the_mean() -> None:
     lengths = [6, 3]
     qkv, positions, cu_seqlens = packed_inputs(lengths, 0)
-    layout = padded_layout(cu_seqlens, positions, 9, 6)
+    layout = packed_layout(cu_seqlens, positions, 9, 6)
     plain = packed_attention(qkv, layout, HEADS)
     generator = torch.Generator().manual_seed(0)
     draws = [packed_attention(qkv, layout, HEADS, 0.1, generator) for _ in range(4_000)]

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels.attention import PackedLayout, packed_layout
+
 ROUND_TOKENS_TO = 64
 
 
@@ -50,8 +52,6 @@ class PackedBatch:
     """Real tokens, without filler."""
     max_length: int
     """Tokens of the longest text."""
-    labels_B: Tensor
-    """[B] int64; empty in a batch that is not for training."""
 
     def inputs(self) -> dict[str, Any]:
         """The batch as keyword arguments of `BertClassifier.forward`."""
@@ -63,31 +63,34 @@ class PackedBatch:
             "max_length": self.max_length,
         }
 
+    def layout(self) -> PackedLayout:
+        """Where its texts lie in attention's padded block."""
+        return packed_layout(
+            self.cu_seqlens, self.position_ids_T, self.num_tokens, self.max_length
+        )
+
     def to(self, device: torch.device) -> "PackedBatch":
         """The batch on `device`, copied without waiting where the device allows it."""
         if device.type == "cpu":
             return self
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.pin_memory().to(device, non_blocking=True)
-
         return PackedBatch(
-            move(self.input_ids_T),
-            move(self.position_ids_T),
-            move(self.cu_seqlens),
+            send(self.input_ids_T, device),
+            send(self.position_ids_T, device),
+            send(self.cu_seqlens, device),
             self.num_tokens,
             self.max_length,
-            move(self.labels_B),
         )
 
 
-def pack(
-    store: TokenStore,
-    rows_B: Tensor,
-    labels_N: Tensor | None = None,
-    *,
-    round_to: int = ROUND_TOKENS_TO,
-) -> PackedBatch:
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`; on a GPU the host does not wait."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def pack(store: TokenStore, rows_B: Tensor, *, round_to: int = ROUND_TOKENS_TO) -> PackedBatch:
     """The texts `rows_B` ([B] int64, B ≥ 1) of the store, in that order, as one batch."""
     starts_B = store.offsets[rows_B]
     lengths_B = store.offsets[rows_B + 1] - starts_B
@@ -103,6 +106,14 @@ def pack(
     position_ids_T[:num_tokens] = tokens - cu_seqlens[:-1].repeat_interleave(lengths_B)
     shift_B = starts_B - cu_seqlens[:-1]
     input_ids_T[:num_tokens] = store.ids[tokens + shift_B.repeat_interleave(lengths_B)]
-    labels_B = rows_B.new_empty(0) if labels_N is None else labels_N[rows_B]
     max_length = int(lengths_B.max())
-    return PackedBatch(input_ids_T, position_ids_T, cu_seqlens, num_tokens, max_length, labels_B)
+    return PackedBatch(input_ids_T, position_ids_T, cu_seqlens, num_tokens, max_length)
+
+
+def renumber_tokens(store: TokenStore) -> tuple[TokenStore, Tensor]:
+    """(the store with its tokens renumbered from 0, which they are).
+
+    Token i of the new store is token `used_tokens_V[i]` of the old one; `used_tokens_V` is sorted.
+    """
+    used_tokens_V, ids = torch.unique(store.ids, return_inverse=True)
+    return TokenStore(ids.int(), store.offsets), used_tokens_V

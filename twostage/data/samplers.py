@@ -78,7 +78,7 @@ def token_budget_batches(
     A text longer than the budget is a batch of its own.
     """
     order = _generator(seed, epoch).permutation(len(lengths_N))
-    return _cut_by_tokens(order, lengths_N, max_tokens)
+    return cut_by_tokens(order, lengths_N, max_tokens)
 
 
 def length_sorted_batches(lengths_N: np.ndarray, max_tokens: int) -> list[np.ndarray]:
@@ -87,14 +87,15 @@ def length_sorted_batches(lengths_N: np.ndarray, max_tokens: int) -> list[np.nda
     Longest first, so that the largest memory is asked for at once.
     """
     order = np.argsort(-lengths_N, kind="stable")
-    return _cut_by_tokens(order, lengths_N, max_tokens)
+    return cut_by_tokens(order, lengths_N, max_tokens)
 
 
 def _cut(order: np.ndarray, batch_size: int) -> list[np.ndarray]:
     return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
-def _cut_by_tokens(order: np.ndarray, lengths_N: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+def cut_by_tokens(order: np.ndarray, lengths_N: np.ndarray, max_tokens: int) -> list[np.ndarray]:
+    """`order` cut into runs of at most `max_tokens` tokens, or of one row that has more."""
     batches: list[np.ndarray] = []
     start = tokens = 0
     for i, length in enumerate(lengths_N[order].tolist()):

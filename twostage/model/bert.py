@@ -25,8 +25,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ModelError
-from ..kernels.attention import PaddedLayout, packed_attention, padded_layout
+from ..kernels.attention import (
+    PackedLayout,
+    first_token_attention,
+    packed_attention,
+    packed_layout,
+)
 from ..kernels.dropout import dropout
+from ..kernels.residual_norm import dropout_residual_norm
 
 HEAD_SIZE = 50
 """Width of the hidden layer of the recipe's classification head."""
@@ -105,12 +111,17 @@ class BertEmbeddings(nn.Module):
         self.dropout_p = config.hidden_dropout_prob
 
     def forward(
-        self, input_ids_T: Tensor, position_ids_T: Tensor, generator: torch.Generator | None
+        self,
+        input_ids_T: Tensor,
+        position_ids_T: Tensor,
+        dtype: torch.dtype,
+        generator: torch.Generator | None,
     ) -> Tensor:
+        """[T, D] in `dtype`."""
         # One row of the token-type table serves every token, so it is added like a bias.
         embedded_TD = self.word(input_ids_T) + self.position(position_ids_T)
         normed_TD: Tensor = self.norm(embedded_TD + self.token_type.weight[0])
-        return dropout(normed_TD, self.dropout_p, generator)
+        return dropout(normed_TD.to(dtype), self.dropout_p, generator)
 
 
 class BertLayer(nn.Module):
@@ -131,17 +142,52 @@ class BertLayer(nn.Module):
         self.attention_dropout_p = config.attention_probs_dropout_prob
 
     def forward(
-        self, hidden_TD: Tensor, layout: PaddedLayout, generator: torch.Generator | None
+        self, hidden_TD: Tensor, layout: PackedLayout, generator: torch.Generator | None
     ) -> Tensor:
+        """Every token's new hidden state, [T, D]."""
         context_TD = packed_attention(
             self.qkv(hidden_TD), layout, self.num_heads, self.attention_dropout_p, generator
         )
-        attended_TD = dropout(self.attention_output(context_TD), self.hidden_dropout_p, generator)
-        hidden_TD = self.attention_norm(hidden_TD + attended_TD)
-        activated_TI = activate(self.intermediate(hidden_TD), self.activation)
-        output_TD = dropout(self.output(activated_TI), self.hidden_dropout_p, generator)
-        normed_TD: Tensor = self.output_norm(hidden_TD + output_TD)
-        return normed_TD
+        return self._after_attention(context_TD, hidden_TD, generator)
+
+    def first_tokens(
+        self, hidden_TD: Tensor, layout: PackedLayout, generator: torch.Generator | None
+    ) -> Tensor:
+        """The rows of `forward` that belong to the first token of each sequence, [B, D].
+
+        Keys and values need every token; the query, and all that follows attention, only the first.
+        """
+        hidden = hidden_TD.shape[1]
+        query_weight, key_value_weight = self.qkv.weight.split((hidden, 2 * hidden))
+        query_bias, key_value_bias = self.qkv.bias.split((hidden, 2 * hidden))
+        first_BD = hidden_TD.index_select(0, layout.starts_B)
+        context_BD = first_token_attention(
+            F.linear(first_BD, query_weight, query_bias),
+            F.linear(hidden_TD, key_value_weight, key_value_bias),
+            layout,
+            self.num_heads,
+            self.attention_dropout_p,
+            generator,
+        )
+        return self._after_attention(context_BD, first_BD, generator)
+
+    def _after_attention(
+        self, context_TD: Tensor, hidden_TD: Tensor, generator: torch.Generator | None
+    ) -> Tensor:
+        attended_TD = self._add_and_norm(
+            self.attention_output(context_TD), hidden_TD, self.attention_norm, generator
+        )
+        activated_TI = activate(self.intermediate(attended_TD), self.activation)
+        return self._add_and_norm(
+            self.output(activated_TI), attended_TD, self.output_norm, generator
+        )
+
+    def _add_and_norm(
+        self, x_TD: Tensor, residual_TD: Tensor, norm: nn.LayerNorm, generator: torch.Generator | None
+    ) -> Tensor:
+        return dropout_residual_norm(
+            x_TD, residual_TD, norm.weight, norm.bias, norm.eps, self.hidden_dropout_p, generator
+        )
 
 
 class Bert(nn.Module):
@@ -158,33 +204,41 @@ class Bert(nn.Module):
         self,
         input_ids_T: Tensor,
         position_ids_T: Tensor,
-        cu_seqlens: Tensor,
+        layout: PackedLayout,
         *,
-        num_tokens: int | None = None,
-        max_length: int | None = None,
+        num_layers: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Hidden states of the last layer, [T, D].
+        """Hidden states after the first `num_layers` layers (None: all), [T, D].
 
-        input_ids_T, position_ids_T: [T] integer. cu_seqlens: [B+1] integer, from 0 to the number
-        of real tokens. num_tokens and max_length: the number of real tokens and the longest
-        sequence, where the caller knows them; else they are read from `cu_seqlens`, which on a
-        GPU waits for the device. generator: turns dropout on and feeds it.
+        input_ids_T, position_ids_T: [T] integer. layout: `packed_layout` of the batch. generator:
+        turns dropout on and feeds it.
         """
-        if num_tokens is None:
-            num_tokens = int(cu_seqlens[-1])
-        if max_length is None:
-            max_length = int(cu_seqlens.diff().max())
-        layout = padded_layout(cu_seqlens, position_ids_T, num_tokens, max_length)
-        hidden_TD: Tensor = self.embeddings(input_ids_T, position_ids_T, generator)
-        hidden_TD = hidden_TD.to(self.pooler.weight.dtype)
-        for layer in self.layers:
+        dtype = self.pooler.weight.dtype
+        hidden_TD: Tensor = self.embeddings(input_ids_T, position_ids_T, dtype, generator)
+        for layer in list(self.layers)[:num_layers]:
             hidden_TD = layer(hidden_TD, layout, generator)
         return hidden_TD
 
-    def pool(self, hidden_TD: Tensor, cu_seqlens: Tensor) -> Tensor:
-        """tanh(W · first token of each sequence), [B, D]."""
-        first_BD = hidden_TD.index_select(0, cu_seqlens[:-1])
+    def pool(
+        self,
+        hidden_TD: Tensor,
+        layout: PackedLayout,
+        num_layers: int,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """The layers above the first `num_layers`, then tanh(W · first token), [B, D].
+
+        hidden_TD: from `forward` with the same `num_layers`. Of the last layer only the first token
+        of each sequence is read, so only that is computed.
+        """
+        above = list(self.layers)[num_layers:]
+        for layer in above[:-1]:
+            hidden_TD = layer(hidden_TD, layout, generator)
+        if above:
+            first_BD = above[-1].first_tokens(hidden_TD, layout, generator)
+        else:
+            first_BD = hidden_TD.index_select(0, layout.starts_B)
         return torch.tanh(self.pooler(first_BD))
 
 
@@ -218,16 +272,30 @@ class BertClassifier(nn.Module):
         max_length: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Logits, [B, C]; arguments as in `Bert.forward`."""
+        """Logits, [B, C].
+
+        input_ids_T, position_ids_T: [T] integer. cu_seqlens: [B+1] integer, from 0 to the number
+        of real tokens. num_tokens and max_length: the number of real tokens and the longest
+        sequence, where the caller knows them; else they are read from `cu_seqlens`, which on a
+        GPU waits for the device. generator: turns dropout on and feeds it.
+        """
+        layout = packed_layout(cu_seqlens, position_ids_T, num_tokens, max_length)
+        below_last = len(self.bert.layers) - 1
         hidden_TD = self.bert(
-            input_ids_T,
-            position_ids_T,
-            cu_seqlens,
-            num_tokens=num_tokens,
-            max_length=max_length,
-            generator=generator,
+            input_ids_T, position_ids_T, layout, num_layers=below_last, generator=generator
         )
-        logits_BC: Tensor = self.classifier(self.bert.pool(hidden_TD, cu_seqlens))
+        return self.classify(hidden_TD, layout, below_last, generator)
+
+    def classify(
+        self,
+        hidden_TD: Tensor,
+        layout: PackedLayout,
+        num_layers: int,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Logits, [B, C], from the hidden states after `num_layers` layers, [T, D]."""
+        pooled_BD = self.bert.pool(hidden_TD, layout, num_layers, generator)
+        logits_BC: Tensor = self.classifier(pooled_BD)
         return logits_BC
 
 

@@ -13,7 +13,7 @@ from ..data.samplers import length_sorted_batches
 from ..errors import NonFiniteError
 from ..model.bert import BertClassifier
 from ..progress import progress_bar
-from .precision import WorkingCopy
+from .precision import cast_model
 
 EVALUATION_TOKENS = 8_192
 """Tokens of an evaluation batch."""
@@ -32,7 +32,7 @@ def predict_logits(
     dtype: of forward; the model itself stays as it is.
     Raises NonFiniteError when a logit is infinite or not a number.
     """
-    work = WorkingCopy(model, dtype).model
+    work = cast_model(model.bert.config, dict(model.named_parameters()), dtype)
     batches = length_sorted_batches(store.lengths.numpy(), max_tokens)
     logits = [torch.empty(0, model.num_classes, device=model.device)]
     with torch.no_grad(), progress_bar("evaluating", len(store), "text", show_progress) as bar:

@@ -11,10 +11,13 @@ from torch import Tensor
 
 
 def make_adamw(
-    parameters: Iterable[Tensor], learning_rate: float, weight_decay: float = 0.0
+    parameters: Iterable[Tensor],
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    previous: torch.optim.AdamW | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over fp32 parameters."""
-    return torch.optim.AdamW(
+    """AdamW over fp32 parameters; it goes on from the moments of `previous`, if given."""
+    optimizer = torch.optim.AdamW(
         list(parameters),
         lr=learning_rate,
         betas=(0.9, 0.999),
@@ -22,6 +25,9 @@ def make_adamw(
         weight_decay=weight_decay,
         fused=True,
     )
+    if previous is not None:
+        optimizer.load_state_dict(previous.state_dict())
+    return optimizer
 
 
 def linear_decay(step: int, total_steps: int) -> float:
@@ -32,12 +38,11 @@ def linear_decay(step: int, total_steps: int) -> float:
     return max(0.0, 1.0 - step / total_steps)
 
 
-def clip_gradients(gradients: list[Tensor], max_norm: float) -> Tensor:
-    """Scale fp32 gradients in place so that their joint L2 norm is at most `max_norm`.
+def clip_divisor(gradients_P: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+    """(norm, divisor): dividing the gradients by `divisor` makes their L2 norm at most `max_norm`.
 
-    Returns the norm before clipping, a scalar on the device; the host does not wait.
+    gradients_P: all gradients end to end, fp32. Both are scalars on the device; the host does not
+    wait. The division is left to the optimizer, which has the gradients in its hands anyway.
     """
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-    torch._foreach_mul_(gradients, factor)
-    return norm
+    norm = torch.dot(gradients_P, gradients_P).sqrt()
+    return norm, ((norm + 1e-6) / max_norm).clamp(min=1.0)

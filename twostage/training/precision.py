@@ -4,21 +4,28 @@ The model that a stage trains is fp32: the masters. Forward and backward run on 
 in bf16, made once a stage. After backward, gradients go from the copy to the masters in fp32, the
 optimizer steps there, and the new weights go back to the copy in one rounding. So no weight is
 cast per use, and an update smaller than bf16's spacing (1/256 to 1/128 of the weight) is not
-lost. The loss, softmax and the statistics of layer norm are computed in fp32.
+lost. The loss, softmax and the statistics of layer norm are computed in fp32; embeddings and norms,
+whose weights are no matrix product's, are fp32 in the copy too (`model/bert.py`).
 
-The embeddings are shared, not copied (`model/bert.py` says why). With fp32 the working copy is the
-model itself.
+The copy may hold fewer word embeddings than the model. Without weight decay, AdamW never moves a
+row that has no gradient (its moments stay 0), so a stage need only train the rows of tokens that
+its data have: of BERT's 30,522 that is a third for some thousand short texts, and with it go two
+thirds of the optimizer's work on the largest table.
+
+Shapes: V' tokens in use, D hidden, P trained parameters.
 """
 
 import re
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
-from ..model.bert import BertClassifier, assemble_classifier
+from ..model.bert import BertClassifier, BertConfig, assemble_classifier
 
 PRECISIONS = ("auto", "fp32", "bf16")
+WORD_EMBEDDINGS = "bert.embeddings.word.weight"
 
 
 def choose_device(name: str) -> torch.device:
@@ -53,47 +60,82 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
 class WorkingCopy:
     """A model's twin in the precision of forward and backward; the model keeps the masters.
 
-    Made after freezing: only what then requires a gradient is trained and refreshed.
+    Made after freezing: only what then requires a gradient is trained and refreshed. Use it in a
+    `with` block: when that is left, for whatever reason, the model is up to date.
     """
 
-    def __init__(self, model: BertClassifier, dtype: torch.dtype) -> None:
-        self.model = model if dtype == torch.float32 else _cast(model, dtype)
-        pairs = zip(model.parameters(), self.model.parameters(), strict=True)
-        trained = [(master, work) for master, work in pairs if master.requires_grad]
-        self.masters: list[Tensor] = [master for master, _ in trained]
+    def __init__(
+        self, model: BertClassifier, dtype: torch.dtype, used_tokens_V: Tensor | None = None
+    ) -> None:
+        """used_tokens_V: the only tokens whose embeddings the copy has, [V'] int64, known to it by
+        their places here; None: all."""
+        masters = dict(model.named_parameters())
+        self._all_words, self._used_tokens_V = masters[WORD_EMBEDDINGS], used_tokens_V
+        if used_tokens_V is not None:
+            rows_VD = self._all_words.detach()[used_tokens_V]
+            masters[WORD_EMBEDDINGS] = nn.Parameter(rows_VD, self._all_words.requires_grad)
+        self._words = masters[WORD_EMBEDDINGS]
+        self.model = cast_model(model.bert.config, masters, dtype)
+        # On a CPU, naming the rows that have a gradient is far cheaper than a table of zeros.
+        self.model.bert.embeddings.word.sparse = model.device.type == "cpu"
+
+        pairs = zip(masters.values(), self.model.parameters(), strict=True)
+        trained = [(master, twin) for master, twin in pairs if master.requires_grad]
+        self.masters = [master for master, _ in trained]
         """The fp32 parameters to optimize."""
-        self._copied = [(master, work) for master, work in trained if master is not work]
+        self._twins = [twin for _, twin in trained]
+        self._rounded = [(twin, master) for master, twin in trained if twin.dtype != master.dtype]
+        sizes = [master.numel() for master in self.masters]
+        self._gradients_P = torch.zeros(sum(sizes), device=model.device)
+        for master, gradient_P in zip(self.masters, self._gradients_P.split(sizes), strict=True):
+            master.grad = gradient_P.view_as(master)
 
-    def pull_gradients(self) -> list[Tensor]:
-        """Gradients of the last backward, as fp32 `.grad` of the masters; returns them."""
-        for master, work in self._copied:
-            assert work.grad is not None
-            master.grad = work.grad.float()
-            work.grad = None
-        gradients: list[Tensor] = []
-        for parameter in self.masters:
-            assert parameter.grad is not None, "every trained parameter takes part in the loss"
-            gradients.append(parameter.grad)
-        return gradients
+    def __enter__(self) -> "WorkingCopy":
+        return self
 
-    def drop_gradients(self) -> None:
-        """Free the gradients: the next backward starts from nothing, not from zeros."""
+    def __exit__(self, *_: object) -> None:
         for master in self.masters:
             master.grad = None
+        if self._used_tokens_V is not None:
+            with torch.no_grad():
+                self._all_words[self._used_tokens_V] = self._words
+
+    def pull_gradients(self) -> Tensor:
+        """Gradients of the last backward, as `.grad` of the masters; returns them end to end.
+
+        [P] fp32, one buffer for the whole stage.
+        """
+        dense_from, dense_to = [], []
+        for master, twin in zip(self.masters, self._twins, strict=True):
+            gradient, twin.grad = twin.grad, None
+            assert gradient is not None, "every trained parameter takes part in the loss"
+            assert master.grad is not None
+            if gradient.is_sparse:
+                master.grad.zero_().index_add_(0, gradient._indices()[0], gradient._values())
+            else:
+                dense_from.append(gradient)
+                dense_to.append(master.grad)
+        torch._foreach_copy_(dense_to, dense_from)
+        return self._gradients_P
 
     def push_weights(self) -> None:
-        """Round the masters into the copy."""
-        if self._copied:
+        """Round the masters into the copy; what is fp32 in both is the same memory."""
+        if self._rounded:
+            twins, masters = zip(*self._rounded, strict=True)
             with torch.no_grad():
-                torch._foreach_copy_([w for _, w in self._copied], [m for m, _ in self._copied])
+                torch._foreach_copy_(twins, masters)
 
 
-def _cast(model: BertClassifier, dtype: torch.dtype) -> BertClassifier:
-    """A copy of the model in `dtype` that shares its embeddings."""
-    parameters = {
-        name: master
-        if name.startswith("bert.embeddings.")
-        else nn.Parameter(master.detach().to(dtype), master.requires_grad)
-        for name, master in model.named_parameters()
-    }
-    return assemble_classifier(model.bert.config, parameters)
+def cast_model(
+    config: BertConfig, masters: Mapping[str, nn.Parameter], dtype: torch.dtype
+) -> BertClassifier:
+    """A model with these parameters in `dtype`, embeddings and norms as they are.
+
+    What needs no cast shares its memory with the master.
+    """
+    twins = {}
+    for name, master in masters.items():
+        kept = name.startswith("bert.embeddings.") or "norm." in name
+        tensor = master.detach() if kept else master.detach().to(dtype)
+        twins[name] = nn.Parameter(tensor, master.requires_grad)
+    return assemble_classifier(config, twins)

@@ -14,14 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.packing import TokenStore, pack
+from ..data.packing import TokenStore, pack, renumber_tokens, send
 from ..data.samplers import epoch_batches
 from ..errors import NonFiniteError
 from ..progress import progress_bar
 from .losses import Loss
-from .optim import clip_gradients, linear_decay, make_adamw
+from .optim import clip_divisor, linear_decay, make_adamw
 from .precision import WorkingCopy
 from .state import DROPOUT_STREAM, TrainingState, derive_seed
+from .trunk import Features, FrozenTrunk, count_frozen_layers
 
 
 @dataclass(frozen=True)
@@ -91,22 +92,21 @@ def train_stage(
     loss_function: Loss,
     settings: StageSettings,
     *,
+    features: Features | None = None,
     on_report: Callable[[StepReport], None] | None = None,
     show_progress: bool = False,
 ) -> None:
     """Train `state.model` from where `state` stands to the end of the stage, in place.
 
+    features: of all texts of `data` after the layers that are frozen, if they are to be the same in
+    all epochs; None: computed as they are needed, with dropout (`trunk.py`).
     Raises NonFiniteError, naming the step and its rows, when a loss or gradient is not finite;
     `state` then stands before that step.
     """
-    device = state.model.device
-    work = WorkingCopy(state.model, settings.dtype)
-    if state.optimizer is None:
-        state.optimizer = make_adamw(work.masters, settings.learning_rate, settings.weight_decay)
-    optimizer = state.optimizer
-    generator = torch.Generator(device)
+    model, device = state.model, state.model.device
     labels_N = torch.from_numpy(data.labels_N)
     lengths_N = data.store.lengths.numpy()
+    generator = torch.Generator(device)
 
     def batches_of(epoch: int) -> list[np.ndarray]:
         order = (state.seed, state.stage)
@@ -119,29 +119,46 @@ def train_stage(
     schedule_steps = settings.schedule_steps or total_steps
     monitor = _Monitor(state, total_steps, device)
 
+    store, used_tokens_V = data.store, None
+    if model.bert.embeddings.word.weight.requires_grad and settings.weight_decay == 0:
+        store, used_tokens_V = renumber_tokens(store)
+    num_frozen = count_frozen_layers(model)
     title = f"seed {state.seed}, stage {state.stage}"
-    with progress_bar(title, total_steps, "step", show_progress) as bar:
+    with (
+        WorkingCopy(model, settings.dtype, used_tokens_V) as work,
+        progress_bar(title, total_steps, "step", show_progress) as bar,
+    ):
+        optimizer = make_adamw(
+            work.masters, settings.learning_rate, settings.weight_decay, state.optimizer
+        )
+        state.optimizer = optimizer
+        trunk = FrozenTrunk(work.model, store, num_frozen, features)
         bar.update(state.step)
         while state.epoch < settings.epochs:
             batches = batches_of(state.epoch)
             while state.batch < len(batches):
                 rows_B = torch.from_numpy(batches[state.batch])
-                batch = pack(data.store, rows_B, labels_N).to(device)
                 generator.manual_seed(
                     derive_seed(DROPOUT_STREAM, state.seed, state.stage, state.step)
                 )
 
-                logits_BC = work.model(**batch.inputs(), generator=generator)
-                loss = loss_function(logits_BC, batch.labels_B)
+                if num_frozen:
+                    hidden_TD, layout = trunk.batch(state, batches)
+                    logits_BC = work.model.classify(hidden_TD, layout, num_frozen, generator)
+                else:
+                    batch = pack(store, rows_B).to(device)
+                    logits_BC = work.model(**batch.inputs(), generator=generator)
+                loss = loss_function(logits_BC, send(labels_N[rows_B], device))
                 loss.backward()
 
-                grad_norm = clip_gradients(work.pull_gradients(), settings.max_grad_norm)
+                grad_norm, divisor = clip_divisor(work.pull_gradients(), settings.max_grad_norm)
                 learning_rate = settings.learning_rate * linear_decay(state.step, schedule_steps)
                 optimizer.param_groups[0]["lr"] = learning_rate
-                # torch's fused AdamW reads this flag on the device: at 1.0 its step does nothing.
+                # torch's fused AdamW reads both on the device: it divides the gradients by the one,
+                # and does nothing when the other is 1.
+                optimizer.grad_scale = divisor  # type: ignore[attr-defined]
                 optimizer.found_inf = monitor.watch(loss, grad_norm)  # type: ignore[attr-defined]
                 optimizer.step()
-                work.drop_gradients()
                 work.push_weights()
 
                 state.batch += 1

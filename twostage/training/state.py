@@ -37,7 +37,7 @@ class TrainingState:
 
 
 # The first number of a derived seed: what it is for.
-HEAD_STREAM, DROPOUT_STREAM = 1, 2
+HEAD_STREAM, DROPOUT_STREAM, TRUNK_STREAM = 1, 2, 4  # 3: samplers
 
 
 def derive_seed(*numbers: int) -> int:

@@ -1,0 +1,145 @@
+"""The frozen trunk: what lies below the trained layers in stage 1, computed for many steps at once.
+
+In stage 1 the embeddings and all but the last layers are frozen: their output depends on the text
+and on the dropout mask, never on what is being trained. So it need not be computed in steps of
+16 texts. Here the texts of some dozens of coming steps go through the trunk together, sorted by
+length and in batches as large as the matrix units like, without anything kept for backward; the
+steps then start from these hidden states, the features. Dropout stays on, and a text drawn twice
+gets two masks: the trained layers see the same distribution as if each step ran the whole encoder.
+
+A window, the steps whose features are computed together, is a function of the epoch's batches, and
+its masks of (seed, stage, first step of the window): a stage that is left and re-entered
+anywhere computes the same features again.
+
+Shapes: N texts, T tokens, D hidden, B texts of a step.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..data.packing import TokenStore, pack
+from ..data.samplers import cut_by_tokens, length_sorted_batches
+from ..kernels.attention import PackedLayout
+from ..model.bert import BertClassifier
+from .state import TRUNK_STREAM, TrainingState, derive_seed
+
+WINDOW_TOKENS = 32_768
+"""Tokens of a window: memory for this many hidden states is all that the trunk holds."""
+FORWARD_TOKENS = 4_096
+"""Tokens that go through the trunk together."""
+
+
+@dataclass(frozen=True)
+class Features:
+    """Hidden states of N texts after the trunk."""
+
+    hidden_TD: Tensor
+    """In the precision of the model that computed them."""
+    store: TokenStore
+    """Of the N texts; a token's id is its row of `hidden_TD`."""
+
+
+def count_frozen_layers(model: BertClassifier) -> int:
+    """Layers of the trunk: how many, from the bottom, have nothing below or in them that is trained.
+
+    The last layer never counts: only the first token of each text is computed there (`Bert.pool`).
+    """
+    modules = [model.bert.embeddings, *list(model.bert.layers)[:-1]]
+    frozen = [not any(p.requires_grad for p in module.parameters()) for module in modules]
+    return max(0, [*frozen, False].index(False) - 1)
+
+
+@torch.no_grad()
+def compute_features(
+    model: BertClassifier,
+    store: TokenStore,
+    rows_N: np.ndarray,
+    num_layers: int,
+    generator: torch.Generator | None = None,
+) -> Features:
+    """Features of the texts `rows_N` of the store, in that order; a row may come repeatedly.
+
+    generator: turns dropout on and feeds it.
+    """
+    lengths_N = store.lengths[torch.from_numpy(rows_N)]
+    offsets = torch.cat([lengths_N.new_zeros(1), lengths_N.cumsum(0)])
+    num_tokens = int(offsets[-1])
+    first_row_N = torch.empty_like(lengths_N)
+    weight = model.bert.pooler.weight
+    hidden_TD = weight.new_empty(num_tokens, weight.shape[1])
+    done = 0
+    for texts in length_sorted_batches(lengths_N.numpy(), FORWARD_TOKENS):
+        batch = pack(store, torch.from_numpy(rows_N[texts]))
+        first_row_N[torch.from_numpy(texts)] = done + batch.cu_seqlens[:-1].long()
+        batch = batch.to(weight.device)
+        encoded_TD = model.bert(
+            batch.input_ids_T,
+            batch.position_ids_T,
+            batch.layout(),
+            num_layers=num_layers,
+            generator=generator,
+        )
+        hidden_TD[done : done + batch.num_tokens] = encoded_TD[: batch.num_tokens]
+        done += batch.num_tokens
+    # Token t of text n is at first_row_n + (t - offsets_n).
+    shift_N = first_row_N - offsets[:-1]
+    ids = torch.arange(num_tokens) + shift_N.repeat_interleave(lengths_N)
+    return Features(hidden_TD, TokenStore(ids.int(), offsets))
+
+
+class FrozenTrunk:
+    """Gives each step its features, and computes them window by window unless they are given."""
+
+    def __init__(
+        self,
+        model: BertClassifier,
+        store: TokenStore,
+        num_layers: int,
+        features: Features | None = None,
+    ) -> None:
+        """features: of every text of the store, by row."""
+        self.model, self.store, self.num_layers = model, store, num_layers
+        self._all_features = features
+        self._window: Features | None = None
+        self._steps = range(0)  # the window's
+        self._draws: list[Tensor] = []  # the texts of each step, numbered within the window
+
+    def batch(
+        self, state: TrainingState, batches: Sequence[np.ndarray]
+    ) -> tuple[Tensor, PackedLayout]:
+        """Features of batch `state.batch` of the epoch, [T, D], and its layout."""
+        if self._all_features is not None:
+            features, rows_B = self._all_features, torch.from_numpy(batches[state.batch])
+        else:
+            features, rows_B = self._features_of(state, batches)
+        batch = pack(features.store, rows_B).to(features.hidden_TD.device)
+        return features.hidden_TD.index_select(0, batch.input_ids_T), batch.layout()
+
+    def _features_of(
+        self, state: TrainingState, batches: Sequence[np.ndarray]
+    ) -> tuple[Features, Tensor]:
+        """The window that has the texts of batch `state.batch`, and their rows in it, [B]."""
+        if self._window is None or state.step not in self._steps:
+            self._window = None  # freed before the next is made
+            window = self._find_window(batches, state.batch)
+            first = state.step - (state.batch - int(window[0]))
+            self._steps = range(first, first + len(window))
+            seed = derive_seed(TRUNK_STREAM, state.seed, state.stage, first)
+            generator = torch.Generator(self.model.device).manual_seed(seed)
+            rows = [batches[b] for b in window]
+            self._window = compute_features(
+                self.model, self.store, np.concatenate(rows), self.num_layers, generator
+            )
+            self._draws = list(torch.arange(sum(map(len, rows))).split([len(r) for r in rows]))
+        return self._window, self._draws[state.step - self._steps[0]]
+
+    def _find_window(self, batches: Sequence[np.ndarray], index: int) -> np.ndarray:
+        """The consecutive batches, `index` among them, that go through the trunk together."""
+        lengths_N = self.store.lengths.numpy()
+        tokens = np.array([lengths_N[rows].sum() for rows in batches])
+        windows = cut_by_tokens(np.arange(len(batches)), tokens, WINDOW_TOKENS)
+        return next(window for window in windows if window[-1] >= index)
