@@ -2,23 +2,28 @@
 
 The encoder keeps all texts of a batch on one token axis without padding. Only the attention product
 needs to know where a text begins and ends. This is the plain-PyTorch form: copy queries, keys and
-values into padded [B, H, L, K] blocks, attend there with the padding masked out, and copy the
-contexts of the real tokens back.
+values into padded [S, H, L, K] blocks, attend there with all but a text's own tokens masked out, and
+copy the contexts back.
 
-    S = Q Kᵀ / √K + mask        P = softmax(S)        P' = P ⊙ kept / (1 − p)        C = P' V
+Padding in the block costs quadratically, so a strip of it holds one text or, where that makes the
+block smaller, two: the longest with the shortest, the second longest with the second shortest and
+so on. Lengths like 60, 31, 28, 12 need 4·60² scores one to a strip, and 2·72² in pairs.
+
+    A = Q Kᵀ / √K + mask        P = softmax(A)        P' = P ⊙ kept / (1 − p)        C = P' V
 
 Backward, from dC (⊙ is elementwise; Σ runs over keys, along a row of P):
 
-    dV = P'ᵀ dC      dP = dC Vᵀ ⊙ kept / (1 − p)      dS = P ⊙ (dP − Σ P ⊙ dP)
-    dQ = dS K / √K   dK = dSᵀ Q / √K
+    dV = P'ᵀ dC      dP = dC Vᵀ ⊙ kept / (1 − p)      dA = P ⊙ (dP − Σ P ⊙ dP)
+    dQ = dA K / √K   dK = dAᵀ Q / √K
 
-It is written out because autograd keeps and passes over twice as many [B, H, L, L] tensors: here
-only P and the mask outlive the forward pass, and every factor 1/(1 − p) and 1/√K is applied on the
-smaller side of its product.
+It is written out because autograd keeps and passes over twice as many [S, H, L, L] tensors: here
+only P and the mask of dropout outlive the forward pass, and every factor 1/(1 − p) and 1/√K is
+applied on the smaller side of its product.
 
-Shapes: B sequences, T packed tokens (N of them real, the rest filler at the end), L the padded
-length, R = B·L rows of a padded block, D hidden, H heads, K = D / H head size, M queries of a
-sequence (L of them, or 1), P projections in a row (queries, keys, values).
+Shapes: B sequences, T packed tokens (N of them real, the rest filler at the end), S strips of
+length L, R = S·L rows of the block, W sequences to a strip (1 or 2), D hidden, H heads, K = D / H
+head size, M queries of a strip (L of them, or W), P projections side by side (queries, keys,
+values).
 """
 
 from dataclasses import dataclass
@@ -30,60 +35,96 @@ from torch.autograd.function import once_differentiable
 
 from .dropout import dropout, dropout_mask
 
-ROUND_LENGTH_TO = 16
-"""Matrix libraries make a kernel for each new shape, and vector code likes whole registers: fewer
-and rounder lengths are worth a little more padding."""
+ROUND_LENGTH_TO = 8
+"""Matrix libraries make a kernel for each new shape: fewer lengths are worth a little padding."""
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Where each packed token lies in a padded block: made once a batch, used by each layer."""
+    """Where each packed token lies in the padded block: made once a batch, used by each layer."""
 
-    starts_B: Tensor
-    """[B] integer: the first token of each sequence on the packed axis."""
     rows_N: Tensor
-    """[N] int64: token t of the packed axis is row `rows_N[t]` of the [B·L] padded block."""
+    """[N] int64: token t of the packed axis is row `rows_N[t]` of the block."""
     tokens_R: Tensor
-    """[R] int64, the way back: row r of the block is token `tokens_R[r]`; token 0 at padding."""
-    mask_B11L: Tensor
-    """[B, 1, 1, L] fp32, added to the scores: 0 at real keys, -inf at padding."""
-    length: int
-    """L."""
+    """[R] int64, the way back: row r is token `tokens_R[r]`; token 0 at padding."""
+    mask_S1LL: Tensor
+    """[S, 1, L, L] fp32, added to the scores: 0 within a text (and within padding), else -inf."""
+    first_tokens_B: Tensor
+    """[B] int64: each sequence's first token on the packed axis."""
+    slots_B: Tensor
+    """[B] int64: sequence b is number `slots_B[b]` of the S·W places for sequences."""
+    sequences_SW: Tensor
+    """[S·W] int64, the way back: the sequence in each place; 0 where a strip has room left."""
+    mask_S1WL: Tensor
+    """The rows of `mask_S1LL` that belong to first tokens."""
 
 
-def packed_layout(
-    cu_seqlens: Tensor,
-    position_ids_T: Tensor,
-    num_tokens: int | None = None,
-    max_length: int | None = None,
-) -> PackedLayout:
-    """The padded block for sequences that start at `cu_seqlens` ([B+1], from 0 to N).
+def packed_layout(cu_seqlens: Tensor, device: torch.device | None = None) -> PackedLayout:
+    """The block for sequences that start at `cu_seqlens` ([B+1] integer, from 0 to N).
 
-    num_tokens, max_length: N and the longest sequence; None reads them from `cu_seqlens`, which on
-    a GPU waits for the device.
+    Computed where `cu_seqlens` is, best on the CPU, and sent to `device` if one is given.
     """
-    if num_tokens is None:
-        num_tokens = int(cu_seqlens[-1])
-    if max_length is None:
-        max_length = int(cu_seqlens.diff().max())
-    lengths_B = cu_seqlens.diff().long()
-    batch_size = len(lengths_B)
-    device = cu_seqlens.device
-    length = -(-max_length // ROUND_LENGTH_TO) * ROUND_LENGTH_TO
-    first_row_B = torch.arange(batch_size, device=device) * length
-    first_row_N = first_row_B.repeat_interleave(lengths_B, output_size=num_tokens)
-    rows_N = first_row_N + position_ids_T[:num_tokens]
-    tokens_R = torch.zeros(batch_size * length, dtype=torch.int64, device=device)
-    tokens_R[rows_N] = torch.arange(num_tokens, device=device)
-    padding_BL = torch.arange(length, device=device) >= lengths_B[:, None]
-    mask_BL = torch.zeros(batch_size, length, device=device)
+    starts_B, lengths_B = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
+    batch_size, num_tokens = len(lengths_B), int(cu_seqlens[-1])
+    strips_B, offsets_B, length, per_strip = _place_in_strips(lengths_B)
+    num_strips = -(-batch_size // per_strip)
+    first_rows_B = strips_B * length + offsets_B
+
+    def each_token(x_B: Tensor) -> Tensor:
+        return x_B.repeat_interleave(lengths_B, output_size=num_tokens)
+
+    tokens_N = torch.arange(num_tokens, device=cu_seqlens.device)
+    rows_N = tokens_N + each_token(first_rows_B - starts_B)
+    tokens_R = tokens_N.new_zeros(num_strips * length)
+    tokens_R[rows_N] = tokens_N
+    sequences_R = tokens_N.new_full((num_strips * length,), -1)
+    sequences_R[rows_N] = each_token(torch.arange(batch_size, device=cu_seqlens.device))
+    slots_B = strips_B * per_strip + (offsets_B > 0)
+    sequences_SW = slots_B.new_zeros(num_strips * per_strip)
+    sequences_SW[slots_B] = torch.arange(batch_size, device=cu_seqlens.device)
+    # An empty place holds sequence 0, which may be of another strip: any row of the strip will do.
+    first_rows_SW = torch.arange(num_strips, device=cu_seqlens.device) * length
+    first_rows_SW = first_rows_SW.repeat_interleave(per_strip)
+    first_rows_SW[slots_B] = first_rows_B
+
+    def send(tensor: Tensor) -> Tensor:
+        return tensor if device is None else tensor.to(device, non_blocking=True)
+
+    sequences_SL = send(sequences_R).view(num_strips, length)
+    other_SLL = sequences_SL[:, :, None] != sequences_SL[:, None, :]
+    mask_SLL = torch.zeros(other_SLL.shape, device=other_SLL.device)
+    mask_SLL.masked_fill_(other_SLL, float("-inf"))
+    first_rows_SW = send(first_rows_SW)
     return PackedLayout(
-        starts_B=cu_seqlens[:-1],
-        rows_N=rows_N,
-        tokens_R=tokens_R,
-        mask_B11L=mask_BL.masked_fill_(padding_BL, float("-inf"))[:, None, None, :],
-        length=length,
+        rows_N=send(rows_N),
+        tokens_R=send(tokens_R),
+        mask_S1LL=mask_SLL[:, None],
+        first_tokens_B=send(starts_B),
+        slots_B=send(slots_B),
+        sequences_SW=send(sequences_SW),
+        mask_S1WL=mask_SLL.view(-1, length)[first_rows_SW].view(num_strips, 1, per_strip, length),
     )
+
+
+def _place_in_strips(lengths_B: Tensor) -> tuple[Tensor, Tensor, int, int]:
+    """(strip of each sequence, its offset there, length of a strip, sequences to a strip)."""
+    batch_size = len(lengths_B)
+    order = torch.argsort(lengths_B, descending=True, stable=True)
+    sorted_B = lengths_B[order]
+    place = torch.arange(batch_size, device=lengths_B.device)
+    partner = batch_size - 1 - place
+    is_second = place > partner
+    offsets = torch.where(is_second, sorted_B[partner], 0)
+    alone, paired = (_round_up(int(x.max())) for x in (sorted_B, sorted_B + offsets))
+    if -(-batch_size // 2) * paired**2 >= batch_size * alone**2:
+        return place, torch.zeros_like(place), alone, 1
+    strips_B, offsets_B = torch.empty_like(place), torch.empty_like(place)
+    strips_B[order], offsets_B[order] = torch.minimum(place, partner), offsets
+    return strips_B, offsets_B, paired, 2
+
+
+def _round_up(length: int) -> int:
+    return -(-length // ROUND_LENGTH_TO) * ROUND_LENGTH_TO
 
 
 def packed_attention(
@@ -99,11 +140,9 @@ def packed_attention(
     filler tokens. The softmax is computed in fp32 (fp64 for fp64 input).
     Source: Vaswani et al. 2017, equation 1.
     """
-    query_BHLK, key_BHLK, value_BHLK = _Pad.apply(qkv_T3D, layout, 3, num_heads)
-    context_BHLK = attend(
-        query_BHLK, key_BHLK, value_BHLK, layout.mask_B11L, dropout_p, generator
-    )
-    context_TD: Tensor = _Unpad.apply(context_BHLK, layout, len(qkv_T3D))
+    query_SHLK, key_SHLK, value_SHLK = _Pad.apply(qkv_T3D, layout, 3, num_heads)
+    context_SHLK = attend(query_SHLK, key_SHLK, value_SHLK, layout.mask_S1LL, dropout_p, generator)
+    context_TD: Tensor = _Unpad.apply(context_SHLK, layout, len(qkv_T3D))
     return context_TD
 
 
@@ -119,89 +158,92 @@ def first_token_attention(
 
     query_BD: [B, D], of the first tokens. key_value_T2D: [T, 2·D], keys and values side by side.
     """
-    batch_size, hidden_size = query_BD.shape
-    key_BHLK, value_BHLK = _Pad.apply(key_value_T2D, layout, 2, num_heads)
-    query_BH1K = query_BD.view(batch_size, num_heads, 1, hidden_size // num_heads)
-    context_BH1K = attend(
-        query_BH1K, key_BHLK, value_BHLK, layout.mask_B11L, dropout_p, generator
+    key_SHLK, value_SHLK = _Pad.apply(key_value_T2D, layout, 2, num_heads)
+    num_strips, _, per_strip, _ = layout.mask_S1WL.shape
+    query_SWHK = query_BD.index_select(0, layout.sequences_SW).view(
+        num_strips, per_strip, num_heads, -1
     )
-    return context_BH1K.view(batch_size, hidden_size)
+    context_SHWK = attend(
+        query_SWHK.transpose(1, 2), key_SHLK, value_SHLK, layout.mask_S1WL, dropout_p, generator
+    )
+    context_SWD = context_SHWK.transpose(1, 2).reshape(len(layout.sequences_SW), -1)
+    return context_SWD.index_select(0, layout.slots_B)
 
 
 def attend(
-    query_BHMK: Tensor,
-    key_BHLK: Tensor,
-    value_BHLK: Tensor,
-    mask_B11L: Tensor,
+    query_SHMK: Tensor,
+    key_SHLK: Tensor,
+    value_SHLK: Tensor,
+    mask_S1ML: Tensor,
     dropout_p: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The product on padded blocks, [B, H, M, K]; `mask_B11L` is added to the scores."""
-    context_BHMK: Tensor = _Attend.apply(
-        query_BHMK, key_BHLK, value_BHLK, mask_B11L, dropout_p, generator
+    """The product on padded blocks, [B, H, M, K]; `mask_S1ML` is added to the scores."""
+    context_SHMK: Tensor = _Attend.apply(
+        query_SHMK, key_SHLK, value_SHLK, mask_S1ML, dropout_p, generator
     )
-    return context_BHMK
+    return context_SHMK
 
 
 def reference_attend(
-    query_BHMK: Tensor,
-    key_BHLK: Tensor,
-    value_BHLK: Tensor,
-    mask_B11L: Tensor,
+    query_SHMK: Tensor,
+    key_SHLK: Tensor,
+    value_SHLK: Tensor,
+    mask_S1ML: Tensor,
     dropout_p: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """The same function, written as the formula and differentiated by autograd."""
-    scores_BHML = (query_BHMK @ key_BHLK.transpose(2, 3)).to(_softmax_dtype(query_BHMK))
-    scores_BHML = scores_BHML * query_BHMK.shape[-1] ** -0.5 + mask_B11L
-    probabilities_BHML = torch.softmax(scores_BHML, dim=-1).to(value_BHLK.dtype)
-    return dropout(probabilities_BHML, dropout_p, generator) @ value_BHLK
+    scores_SHML = (query_SHMK @ key_SHLK.transpose(2, 3)).to(_softmax_dtype(query_SHMK))
+    scores_SHML = scores_SHML * query_SHMK.shape[-1] ** -0.5 + mask_S1ML
+    probabilities_SHML = torch.softmax(scores_SHML, dim=-1).to(value_SHLK.dtype)
+    return dropout(probabilities_SHML, dropout_p, generator) @ value_SHLK
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        query_BHMK: Tensor,
-        key_BHLK: Tensor,
-        value_BHLK: Tensor,
-        mask_B11L: Tensor,
+        query_SHMK: Tensor,
+        key_SHLK: Tensor,
+        value_SHLK: Tensor,
+        mask_S1ML: Tensor,
         dropout_p: float,
         generator: torch.Generator | None,
     ) -> Tensor:
-        scores_BHML = (query_BHMK @ key_BHLK.transpose(2, 3)).to(_softmax_dtype(query_BHMK))
-        root = query_BHMK.shape[-1] ** -0.5
-        torch.add(mask_B11L, scores_BHML, alpha=root, out=scores_BHML)
-        probabilities_BHML = torch.softmax(scores_BHML, dim=-1).to(query_BHMK.dtype)
+        scores_SHML = (query_SHMK @ key_SHLK.transpose(2, 3)).to(_softmax_dtype(query_SHMK))
+        root = query_SHMK.shape[-1] ** -0.5
+        torch.add(mask_S1ML, scores_SHML, alpha=root, out=scores_SHML)
+        probabilities_SHML = torch.softmax(scores_SHML, dim=-1).to(query_SHMK.dtype)
         if generator is None or dropout_p == 0.0:
-            kept_BHML, scale, dropped_BHML = None, 1.0, probabilities_BHML
+            kept_SHML, scale, dropped_SHML = None, 1.0, probabilities_SHML
         else:
-            kept_BHML, scale = dropout_mask(
-                probabilities_BHML.shape, dropout_p, generator, query_BHMK.dtype
+            kept_SHML, scale = dropout_mask(
+                probabilities_SHML.shape, dropout_p, generator, query_SHMK.dtype
             )
-            dropped_BHML = probabilities_BHML * kept_BHML
-        context_BHMK = dropped_BHML @ value_BHLK
-        ctx.save_for_backward(query_BHMK, key_BHLK, value_BHLK, probabilities_BHML, kept_BHML)
+            dropped_SHML = probabilities_SHML * kept_SHML
+        context_SHMK = dropped_SHML @ value_SHLK
+        ctx.save_for_backward(query_SHMK, key_SHLK, value_SHLK, probabilities_SHML, kept_SHML)
         ctx.scale, ctx.root = scale, root
-        return context_BHMK.mul_(scale)
+        return context_SHMK.mul_(scale)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream_BHMK: Tensor) -> tuple[Tensor | None, ...]:
-        query_BHMK, key_BHLK, value_BHLK, probabilities_BHML, kept_BHML = ctx.saved_tensors
-        upstream_BHMK = upstream_BHMK * ctx.scale
-        dprobabilities_BHML = upstream_BHMK @ value_BHLK.transpose(2, 3)
-        dropped_BHML = probabilities_BHML
-        if kept_BHML is not None:
-            dropped_BHML = probabilities_BHML * kept_BHML
-            dprobabilities_BHML *= kept_BHML
-        dvalue_BHLK = dropped_BHML.transpose(2, 3) @ upstream_BHMK
-        dscores_BHML = torch._softmax_backward_data(
-            dprobabilities_BHML, probabilities_BHML, -1, probabilities_BHML.dtype
+    def backward(ctx: Any, upstream_SHMK: Tensor) -> tuple[Tensor | None, ...]:
+        query_SHMK, key_SHLK, value_SHLK, probabilities_SHML, kept_SHML = ctx.saved_tensors
+        upstream_SHMK = upstream_SHMK * ctx.scale
+        dprobabilities_SHML = upstream_SHMK @ value_SHLK.transpose(2, 3)
+        dropped_SHML = probabilities_SHML
+        if kept_SHML is not None:
+            dropped_SHML = probabilities_SHML * kept_SHML
+            dprobabilities_SHML *= kept_SHML
+        dvalue_SHLK = dropped_SHML.transpose(2, 3) @ upstream_SHMK
+        dscores_SHML = torch._softmax_backward_data(
+            dprobabilities_SHML, probabilities_SHML, -1, probabilities_SHML.dtype
         )
-        dquery_BHMK = (dscores_BHML @ key_BHLK).mul_(ctx.root)
-        dkey_BHLK = (dscores_BHML.transpose(2, 3) @ query_BHMK).mul_(ctx.root)
-        return dquery_BHMK, dkey_BHLK, dvalue_BHLK, None, None, None
+        dquery_SHMK = (dscores_SHML @ key_SHLK).mul_(ctx.root)
+        dkey_SHLK = (dscores_SHML.transpose(2, 3) @ query_SHMK).mul_(ctx.root)
+        return dquery_SHMK, dkey_SHLK, dvalue_SHLK, None, None, None
 
 
 # The two copies between the packed axis and the padded blocks are gathers both ways, also in
@@ -210,7 +252,7 @@ class _Attend(torch.autograd.Function):
 
 
 class _Pad(torch.autograd.Function):
-    """[T, P·D] → P blocks [B, H, L, K]. Padding rows repeat token 0: they are masked as keys, and
+    """[T, P·D] → P blocks [S, H, L, K]. Padding rows repeat token 0: as keys they are masked, and
     as queries nobody reads them."""
 
     @staticmethod
@@ -218,45 +260,42 @@ class _Pad(torch.autograd.Function):
         ctx: Any, x_TPD: Tensor, layout: PackedLayout, num_parts: int, num_heads: int
     ) -> tuple[Tensor, ...]:
         ctx.layout, ctx.num_tokens = layout, len(x_TPD)
-        block_BLPHK = x_TPD.index_select(0, layout.tokens_R).view(
-            len(layout.starts_B), layout.length, num_parts, num_heads, -1
-        )
-        return block_BLPHK.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+        block_RPD = x_TPD.index_select(0, layout.tokens_R)
+        block_SLPHK = block_RPD.view(*layout.mask_S1LL.shape[::3], num_parts, num_heads, -1)
+        return block_SLPHK.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients_BHLK: Tensor) -> tuple[Tensor | None, ...]:
-        batch_size, num_heads, length, head_size = gradients_BHLK[0].shape
-        block_BLPHK = gradients_BHLK[0].new_empty(
-            batch_size, length, len(gradients_BHLK), num_heads, head_size
+    def backward(ctx: Any, *gradients_SHLK: Tensor) -> tuple[Tensor | None, ...]:
+        num_strips, num_heads, length, head_size = gradients_SHLK[0].shape
+        block_SLPHK = gradients_SHLK[0].new_empty(
+            num_strips, length, len(gradients_SHLK), num_heads, head_size
         )
-        for part, gradient_BHLK in enumerate(gradients_BHLK):
-            block_BLPHK[:, :, part] = gradient_BHLK.transpose(1, 2)
-        gradient_TPD = _take_rows(
-            block_BLPHK.view(batch_size * length, -1), ctx.layout.rows_N, ctx.num_tokens
-        )
-        return gradient_TPD, None, None, None
+        for part, gradient_SHLK in enumerate(gradients_SHLK):
+            block_SLPHK[:, :, part] = gradient_SHLK.transpose(1, 2)
+        block_RPD = block_SLPHK.view(num_strips * length, -1)
+        return _take_rows(block_RPD, ctx.layout.rows_N, ctx.num_tokens), None, None, None
 
 
 class _Unpad(torch.autograd.Function):
-    """[B, H, L, K] → [T, D]; filler tokens get zeros."""
+    """[S, H, L, K] → [T, D]; filler tokens get zeros."""
 
     @staticmethod
-    def forward(ctx: Any, block_BHLK: Tensor, layout: PackedLayout, num_tokens: int) -> Tensor:
-        ctx.layout, ctx.shape = layout, block_BHLK.shape
-        block_RD = block_BHLK.transpose(1, 2).reshape(len(layout.tokens_R), -1)
+    def forward(ctx: Any, block_SHLK: Tensor, layout: PackedLayout, num_tokens: int) -> Tensor:
+        ctx.layout, ctx.shape = layout, block_SHLK.shape
+        block_RD = block_SHLK.transpose(1, 2).reshape(len(layout.tokens_R), -1)
         return _take_rows(block_RD, layout.rows_N, num_tokens)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient_TD: Tensor) -> tuple[Tensor, None, None]:
-        batch_size, num_heads, length, head_size = ctx.shape
+        num_strips, num_heads, length, head_size = ctx.shape
         rows_N = ctx.layout.rows_N
         # Zeros at padding: what comes from there must not reach keys and values.
-        block_RD = gradient_TD.new_zeros(batch_size * length, gradient_TD.shape[1])
+        block_RD = gradient_TD.new_zeros(num_strips * length, gradient_TD.shape[1])
         block_RD.index_copy_(0, rows_N, gradient_TD[: len(rows_N)])
-        block_BLHK = block_RD.view(batch_size, length, num_heads, head_size)
-        return block_BLHK.transpose(1, 2).contiguous(), None, None
+        block_SLHK = block_RD.view(num_strips, length, num_heads, head_size)
+        return block_SLHK.transpose(1, 2).contiguous(), None, None
 
 
 def _take_rows(block_RF: Tensor, rows_N: Tensor, num_tokens: int) -> Tensor:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..kernels.attention import PackedLayout, packed_layout
 
 ROUND_TOKENS_TO = 64
+CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ class PackedBatch:
     """[T] int32, from 0 in each text; filler is 0."""
     cu_seqlens: Tensor
     """[B+1] int32, from 0 to `num_tokens`."""
+    layout: PackedLayout
+    """Where the texts lie in attention's padded block."""
     num_tokens: int
     """Real tokens, without filler."""
-    max_length: int
-    """Tokens of the longest text."""
 
     def inputs(self) -> dict[str, Any]:
         """The batch as keyword arguments of `BertClassifier.forward`."""
@@ -59,28 +60,8 @@ class PackedBatch:
             "input_ids_T": self.input_ids_T,
             "position_ids_T": self.position_ids_T,
             "cu_seqlens": self.cu_seqlens,
-            "num_tokens": self.num_tokens,
-            "max_length": self.max_length,
+            "layout": self.layout,
         }
-
-    def layout(self) -> PackedLayout:
-        """Where its texts lie in attention's padded block."""
-        return packed_layout(
-            self.cu_seqlens, self.position_ids_T, self.num_tokens, self.max_length
-        )
-
-    def to(self, device: torch.device) -> "PackedBatch":
-        """The batch on `device`, copied without waiting where the device allows it."""
-        if device.type == "cpu":
-            return self
-
-        return PackedBatch(
-            send(self.input_ids_T, device),
-            send(self.position_ids_T, device),
-            send(self.cu_seqlens, device),
-            self.num_tokens,
-            self.max_length,
-        )
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -90,8 +71,17 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def pack(store: TokenStore, rows_B: Tensor, *, round_to: int = ROUND_TOKENS_TO) -> PackedBatch:
-    """The texts `rows_B` ([B] int64, B ≥ 1) of the store, in that order, as one batch."""
+def pack(
+    store: TokenStore,
+    rows_B: Tensor,
+    device: torch.device = CPU,
+    *,
+    round_to: int = ROUND_TOKENS_TO,
+) -> PackedBatch:
+    """The texts `rows_B` ([B] int64, B ≥ 1) of the store, in that order, as one batch on `device`.
+
+    A GPU's copies are not waited for.
+    """
     starts_B = store.offsets[rows_B]
     lengths_B = store.offsets[rows_B + 1] - starts_B
     cu_seqlens = torch.zeros(len(rows_B) + 1, dtype=torch.int32)
@@ -106,8 +96,13 @@ def pack(store: TokenStore, rows_B: Tensor, *, round_to: int = ROUND_TOKENS_TO) 
     position_ids_T[:num_tokens] = tokens - cu_seqlens[:-1].repeat_interleave(lengths_B)
     shift_B = starts_B - cu_seqlens[:-1]
     input_ids_T[:num_tokens] = store.ids[tokens + shift_B.repeat_interleave(lengths_B)]
-    max_length = int(lengths_B.max())
-    return PackedBatch(input_ids_T, position_ids_T, cu_seqlens, num_tokens, max_length)
+    return PackedBatch(
+        send(input_ids_T, device),
+        send(position_ids_T, device),
+        send(cu_seqlens, device),
+        packed_layout(cu_seqlens, device),
+        num_tokens,
+    )
 
 
 def renumber_tokens(store: TokenStore) -> tuple[TokenStore, Tensor]:

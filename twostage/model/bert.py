@@ -160,7 +160,7 @@ class BertLayer(nn.Module):
         hidden = hidden_TD.shape[1]
         query_weight, key_value_weight = self.qkv.weight.split((hidden, 2 * hidden))
         query_bias, key_value_bias = self.qkv.bias.split((hidden, 2 * hidden))
-        first_BD = hidden_TD.index_select(0, layout.starts_B)
+        first_BD = hidden_TD.index_select(0, layout.first_tokens_B)
         context_BD = first_token_attention(
             F.linear(first_BD, query_weight, query_bias),
             F.linear(hidden_TD, key_value_weight, key_value_bias),
@@ -238,7 +238,7 @@ class Bert(nn.Module):
         if above:
             first_BD = above[-1].first_tokens(hidden_TD, layout, generator)
         else:
-            first_BD = hidden_TD.index_select(0, layout.starts_B)
+            first_BD = hidden_TD.index_select(0, layout.first_tokens_B)
         return torch.tanh(self.pooler(first_BD))
 
 
@@ -268,18 +268,16 @@ class BertClassifier(nn.Module):
         position_ids_T: Tensor,
         cu_seqlens: Tensor,
         *,
-        num_tokens: int | None = None,
-        max_length: int | None = None,
+        layout: PackedLayout | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Logits, [B, C].
 
         input_ids_T, position_ids_T: [T] integer. cu_seqlens: [B+1] integer, from 0 to the number
-        of real tokens. num_tokens and max_length: the number of real tokens and the longest
-        sequence, where the caller knows them; else they are read from `cu_seqlens`, which on a
-        GPU waits for the device. generator: turns dropout on and feeds it.
+        of real tokens. layout: `packed_layout(cu_seqlens)`, where it has been computed before; on
+        a GPU computing it here waits for the device. generator: turns dropout on and feeds it.
         """
-        layout = packed_layout(cu_seqlens, position_ids_T, num_tokens, max_length)
+        layout = layout or packed_layout(cu_seqlens)
         below_last = len(self.bert.layers) - 1
         hidden_TD = self.bert(
             input_ids_T, position_ids_T, layout, num_layers=below_last, generator=generator

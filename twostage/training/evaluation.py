@@ -37,7 +37,7 @@ def predict_logits(
     logits = [torch.empty(0, model.num_classes, device=model.device)]
     with torch.no_grad(), progress_bar("evaluating", len(store), "text", show_progress) as bar:
         for rows in batches:
-            batch = pack(store, torch.from_numpy(rows)).to(model.device)
+            batch = pack(store, torch.from_numpy(rows), model.device)
             logits.append(work(**batch.inputs()).float())
             bar.update(len(rows))
     sorted_NC = torch.cat(logits).cpu()

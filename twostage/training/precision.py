@@ -17,6 +17,7 @@ Shapes: V' tokens in use, D hidden, P trained parameters.
 
 import re
 from collections.abc import Mapping
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -83,12 +84,14 @@ class WorkingCopy:
         trained = [(master, twin) for master, twin in pairs if master.requires_grad]
         self.masters = [master for master, _ in trained]
         """The fp32 parameters to optimize."""
-        self._twins = [twin for _, twin in trained]
         self._rounded = [(twin, master) for master, twin in trained if twin.dtype != master.dtype]
         sizes = [master.numel() for master in self.masters]
         self._gradients_P = torch.zeros(sum(sizes), device=model.device)
         for master, gradient_P in zip(self.masters, self._gradients_P.split(sizes), strict=True):
             master.grad = gradient_P.view_as(master)
+        for master, twin in trained:
+            twin.register_post_accumulate_grad_hook(partial(self._collect, master))
+        self._arrived = 0
 
     def __enter__(self) -> "WorkingCopy":
         return self
@@ -101,22 +104,24 @@ class WorkingCopy:
                 self._all_words[self._used_tokens_V] = self._words
 
     def pull_gradients(self) -> Tensor:
-        """Gradients of the last backward, as `.grad` of the masters; returns them end to end.
+        """The gradients of the last backward, end to end: [P] fp32, and as `.grad` of the masters.
 
-        [P] fp32, one buffer for the whole stage.
+        The same memory at every step.
         """
-        dense_from, dense_to = [], []
-        for master, twin in zip(self.masters, self._twins, strict=True):
-            gradient, twin.grad = twin.grad, None
-            assert gradient is not None, "every trained parameter takes part in the loss"
-            assert master.grad is not None
-            if gradient.is_sparse:
-                master.grad.zero_().index_add_(0, gradient._indices()[0], gradient._values())
-            else:
-                dense_from.append(gradient)
-                dense_to.append(master.grad)
-        torch._foreach_copy_(dense_to, dense_from)
+        assert self._arrived == len(self.masters), "every trained parameter takes part in the loss"
+        self._arrived = 0
         return self._gradients_P
+
+    def _collect(self, master: Tensor, twin: Tensor) -> None:
+        """Called in backward as soon as the twin's gradient is there, while it is in the cache."""
+        gradient, twin.grad = twin.grad, None
+        assert gradient is not None
+        assert master.grad is not None
+        if gradient.is_sparse:
+            master.grad.zero_().index_add_(0, gradient._indices()[0], gradient._values())
+        else:
+            master.grad.copy_(gradient)
+        self._arrived += 1
 
     def push_weights(self) -> None:
         """Round the masters into the copy; what is fp32 in both is the same memory."""

@@ -146,7 +146,7 @@ def train_stage(
                     hidden_TD, layout = trunk.batch(state, batches)
                     logits_BC = work.model.classify(hidden_TD, layout, num_frozen, generator)
                 else:
-                    batch = pack(store, rows_B).to(device)
+                    batch = pack(store, rows_B, device)
                     logits_BC = work.model(**batch.inputs(), generator=generator)
                 loss = loss_function(logits_BC, send(labels_N[rows_B], device))
                 loss.backward()

@@ -29,7 +29,7 @@ from .state import TRUNK_STREAM, TrainingState, derive_seed
 
 WINDOW_TOKENS = 32_768
 """Tokens of a window: memory for this many hidden states is all that the trunk holds."""
-FORWARD_TOKENS = 4_096
+FORWARD_TOKENS = 2_048
 """Tokens that go through the trunk together."""
 
 
@@ -73,13 +73,13 @@ def compute_features(
     hidden_TD = weight.new_empty(num_tokens, weight.shape[1])
     done = 0
     for texts in length_sorted_batches(lengths_N.numpy(), FORWARD_TOKENS):
-        batch = pack(store, torch.from_numpy(rows_N[texts]))
-        first_row_N[torch.from_numpy(texts)] = done + batch.cu_seqlens[:-1].long()
-        batch = batch.to(weight.device)
+        batch = pack(store, torch.from_numpy(rows_N[texts]), weight.device)
+        ends_B = lengths_N[texts].cumsum(0)
+        first_row_N[texts] = done + ends_B - lengths_N[texts]
         encoded_TD = model.bert(
             batch.input_ids_T,
             batch.position_ids_T,
-            batch.layout(),
+            batch.layout,
             num_layers=num_layers,
             generator=generator,
         )
@@ -116,8 +116,8 @@ class FrozenTrunk:
             features, rows_B = self._all_features, torch.from_numpy(batches[state.batch])
         else:
             features, rows_B = self._features_of(state, batches)
-        batch = pack(features.store, rows_B).to(features.hidden_TD.device)
-        return features.hidden_TD.index_select(0, batch.input_ids_T), batch.layout()
+        batch = pack(features.store, rows_B, features.hidden_TD.device)
+        return features.hidden_TD.index_select(0, batch.input_ids_T), batch.layout
 
     def _features_of(
         self, state: TrainingState, batches: Sequence[np.ndarray]
