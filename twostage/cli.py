@@ -229,6 +229,12 @@ def _add_train(commands: "_Commands[argparse.ArgumentParser]") -> None:
         action="store_true",
         help="count the steps of augmented stage 1 as the published code does",
     )
+    add(
+        "--cache-trunk",
+        action="store_true",
+        help="compute what is frozen in stage 1 once for all epochs and seeds, without dropout: "
+        "faster, but not the published recipe",
+    )
     parser.set_defaults(run=_train)
 
 
@@ -276,6 +282,7 @@ def _add_encoding(parser: argparse.ArgumentParser) -> None:
 def _demo(options: argparse.Namespace) -> None:
     from .demo import run_demo
 
+    _prepare_process()
     run_demo(options.to, options.rate, options.seed, show_progress=True)
 
 
@@ -313,7 +320,7 @@ def _train(options: argparse.Namespace) -> None:
     from .report import format_results
     from .training.precision import choose_device
 
-    _set_threads(options.threads)
+    _prepare_process(options.threads)
     recipe = Recipe(
         method=options.method,
         epochs_stage_1=options.epoch_stage_1,
@@ -332,6 +339,7 @@ def _train(options: argparse.Namespace) -> None:
         precision=options.precision,
         device=options.device,
         upstream_schedule=options.upstream_schedule,
+        cache_trunk=options.cache_trunk,
     )
     # What the settings and the data have wrong is said before a model is downloaded.
     choose_device(recipe.device)
@@ -353,7 +361,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     from .experiment import evaluate_file
     from .report import format_evaluation
 
-    _set_threads(options.threads)
+    _prepare_process(options.threads)
     metrics, info = evaluate_file(
         options.model,
         options.data,
@@ -365,9 +373,13 @@ def _evaluate(options: argparse.Namespace) -> None:
     print(format_evaluation(metrics, info.class_names, info.class_counts_C))
 
 
-def _set_threads(threads: int | None) -> None:
+def _prepare_process(threads: int | None = None) -> None:
+    """The settings that hold for the whole process, which a library leaves alone."""
     import torch
 
+    from .memory import keep_freed_memory
+
+    keep_freed_memory()
     if threads is None:
         return
     if threads < 1:

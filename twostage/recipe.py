@@ -55,6 +55,9 @@ class Recipe:
     upstream_schedule: bool = False
     """Count the steps of augmented stage 1 as the published code does, from the imbalanced data:
     the learning rate is then 0 for the rest of the stage."""
+    cache_trunk: bool = False
+    """Compute the layers that are frozen in stage 1 once for all epochs and seeds, without dropout:
+    an approximation of the recipe, which draws new masks there too."""
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)

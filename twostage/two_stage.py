@@ -40,6 +40,7 @@ from .training.metrics import Metrics, compute_metrics
 from .training.precision import choose_device, choose_precision
 from .training.stage import StageData, StepReport, train_stage
 from .training.state import HEAD_STREAM, TrainingState, derive_seed
+from .training.trunk import Features, cache_features
 
 LabelledTexts = Table | tuple[Sequence[str], Sequence[str | int]]
 """A Table, or (texts, labels)."""
@@ -90,6 +91,8 @@ class Datasets:
     """`train` itself (`reweight`) or the augmented data (`augment`)."""
     test: StageData
     num_classes: int
+    stage_1_features: Features | None = None
+    """Of the texts of `stage_1`, where the recipe asks for `cache_trunk`."""
 
 
 def train_one_seed(
@@ -114,8 +117,8 @@ def train_one_seed(
         freeze_below_top(model, recipe.stage_1_layers)
         state.begin_stage(1)
         loss = recipe.stage_1_loss(data.stage_1.class_counts(data.num_classes), device)
-        run_stage(state, data.stage_1, loss, recipe.stage_1_settings(dtype, len(data.train)))
-
+        settings = recipe.stage_1_settings(dtype, len(data.train))
+        run_stage(state, data.stage_1, loss, settings, features=data.stage_1_features)
     times.append(perf_counter())
 
     unfreeze(model)
@@ -129,6 +132,15 @@ def train_one_seed(
     metrics = compute_metrics(data.test.labels_N, logits_NC)
     times.append(perf_counter())
     return model, SeedResult(seed, metrics, logits_NC, *np.diff(times).tolist())
+
+
+def cache_trunk(
+    checkpoint: Checkpoint, data: Datasets, recipe: Recipe, device: torch.device
+) -> Features | None:
+    """What stage 1 leaves frozen is the same for all seeds: compute its output once."""
+    model = build_model(checkpoint, data.num_classes, torch.Generator()).to(device)
+    freeze_below_top(model, recipe.stage_1_layers)
+    return cache_features(model, data.stage_1.store, choose_precision(recipe.precision, device))
 
 
 def freeze_below_top(model: BertClassifier, num_layers: int) -> None:
@@ -192,6 +204,8 @@ def train_two_stage(
     ]
     train_data, test_data, *more = map(StageData, stores, labels)
     data = Datasets(train_data, more[0] if more else train_data, test_data, len(classes))
+    if recipe.cache_trunk and recipe.has_stage_1:
+        data = replace(data, stage_1_features=cache_trunk(checkpoint, data, recipe, device))
 
     result = Result(classes, tuple(train_data.class_counts(len(classes))))
     for seed in recipe.seeds:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twostage.data.packing import TokenStore, pack
+from twostage.data.packing import TokenStore, pack, renumber_tokens
 
 
 def store_of(lengths: list[int]) -> TokenStore:
@@ -21,7 +21,7 @@ def test_a_batch_by_hand() -> None:
     assert batch.input_ids_T.tolist() == [201, 101, 102, 103, 0, 0, 0, 0]
     assert batch.position_ids_T.tolist() == [0, 0, 1, 2, 0, 0, 0, 0]
     assert batch.cu_seqlens.tolist() == [0, 1, 4]
-    assert (batch.num_tokens, batch.max_length) == (4, 3)
+    assert batch.num_tokens == 4
 
 
 @given(st.data(), st.lists(st.integers(1, 70), min_size=1, max_size=9))
@@ -31,15 +31,13 @@ def test_every_text_of_a_batch_is_whole_and_filler_comes_last(
     store = store_of(lengths)
     rows = data.draw(st.lists(st.integers(0, len(lengths) - 1), min_size=1, max_size=12))
     round_to = data.draw(st.sampled_from([1, 32, 64]))
-    batch = pack(store, torch.tensor(rows), torch.arange(len(lengths)), round_to=round_to)
-    assert batch.labels_B.tolist() == rows
+    batch = pack(store, torch.tensor(rows), round_to=round_to)
     bounds = batch.cu_seqlens.tolist()
     for row, (start, end) in zip(rows, pairwise(bounds), strict=True):
         expected = store.ids[store.offsets[row] : store.offsets[row + 1]]
         assert torch.equal(batch.input_ids_T[start:end], expected)
         assert batch.position_ids_T[start:end].tolist() == list(range(lengths[row]))
     assert bounds[-1] == batch.num_tokens == sum(lengths[row] for row in rows)
-    assert batch.max_length == max(lengths[row] for row in rows)
     assert len(batch.input_ids_T) % round_to == 0
     assert len(batch.input_ids_T) - batch.num_tokens < round_to
     assert not batch.input_ids_T[batch.num_tokens :].any()
@@ -49,3 +47,13 @@ def test_every_text_of_a_batch_is_whole_and_filler_comes_last(
 def test_one_text(length: int) -> None:
     batch = pack(store_of([length]), torch.tensor([0]))
     assert len(batch.input_ids_T) == max(64, length)
+
+
+def test_renumbered_tokens_are_the_used_ones_in_order_and_lead_back() -> None:
+    store = store_of([3, 1, 2])
+    store = TokenStore(torch.tensor([7, 101, 7, 30_000, 0, 101], dtype=torch.int32), store.offsets)
+    renumbered, used_tokens_V = renumber_tokens(store)
+    assert used_tokens_V.tolist() == [0, 7, 101, 30_000]
+    assert renumbered.ids.tolist() == [1, 2, 1, 3, 0, 2]
+    assert renumbered.ids.dtype == store.ids.dtype
+    assert torch.equal(used_tokens_V[renumbered.ids.long()], store.ids.long())

@@ -12,6 +12,7 @@ from twostage.data.packing import PackedBatch, TokenStore, pack
 from twostage.data.tables import Table
 from twostage.data.tokenization import load_tokenizer
 from twostage.errors import ModelError
+from twostage.kernels.attention import packed_layout
 from twostage.model.bert import BertClassifier, BertConfig
 from twostage.model.checkpoint import (
     Checkpoint,
@@ -79,8 +80,9 @@ def test_hidden_states_pooler_and_gradients_agree_with_transformers_on_1_to_512_
 
     reference, theirs = run_theirs(torch.float64), run_theirs(torch.float32)
     model = build_model(load_checkpoint(folder), 2, torch.Generator()).bert
-    hidden_TD = model(**batch.inputs())
-    pooled_BD = model.pool(hidden_TD, batch.cu_seqlens)
+    below_last_TD = model(batch.input_ids_T, batch.position_ids_T, batch.layout, num_layers=5)
+    hidden_TD = model.layers[5](below_last_TD, batch.layout, None)
+    pooled_BD = model.pool(below_last_TD, batch.layout, 5)
     real_TD = hidden_TD[: batch.num_tokens]
     score = (real_TD * weights_D.float()).sum(1).sin().sum() + pooled_BD.sum()
     score.backward()
@@ -111,7 +113,7 @@ def test_each_activation_agrees_with_transformers(
     theirs.load_state_dict({k.removeprefix("bert."): v for k, v in stored.items()})
     model = build_model(replace(tiny_checkpoint, config=config), 2, torch.Generator()).bert
     ids = torch.randint(0, 101, (1, 9), generator=torch.Generator().manual_seed(3))
-    out = model(ids[0], torch.arange(9), torch.tensor([0, 9]))
+    out = model(ids[0], torch.arange(9), packed_layout(torch.tensor([0, 9])))
     torch.testing.assert_close(out, theirs(input_ids=ids).last_hidden_state[0])
 
 
@@ -178,16 +180,46 @@ def test_dropout_acts_at_every_site_with_its_own_probability(
     )
     seen: list[tuple[float, tuple[int, ...]]] = []
 
-    def spy(x: Tensor, p: float, generator: torch.Generator | None) -> Tensor:
-        seen.append((p, tuple(x.shape)))
-        return x
+    def spy(
+        shape: torch.Size, p: float, generator: torch.Generator, dtype: torch.dtype
+    ) -> tuple[Tensor, float]:
+        seen.append((p, tuple(shape)))
+        return torch.ones(shape, dtype=dtype), 1.0
 
-    monkeypatch.setattr("twostage.model.bert.dropout", spy)
-    monkeypatch.setattr("twostage.kernels.attention.dropout", spy)
+    for kernel in ("dropout", "attention", "residual_norm"):
+        monkeypatch.setattr(f"twostage.kernels.{kernel}.dropout_mask", spy)
     model = classifier(replace(tiny_checkpoint, config=config))
     model(**random_batch([5, 9], 64).inputs(), generator=torch.Generator())
-    hidden, probabilities = (0.1, (64, 24)), (0.2, (2, 4, 9, 9))
-    assert seen == [hidden, *[probabilities, hidden, hidden] * 3]
+    hidden, probabilities = (0.1, (64, 24)), (0.2, (1, 4, 16, 16))
+    first_tokens = [(0.2, (1, 4, 2, 16)), (0.1, (2, 24)), (0.1, (2, 24))]
+    assert seen == [hidden, *[probabilities, hidden, hidden] * 2, *first_tokens]
+
+
+@pytest.mark.parametrize("lengths", [[5], [7, 1, 30, 12], [9] * 6])
+@pytest.mark.parametrize("num_layers", [0, 1, 2])
+def test_computing_the_last_layer_for_first_tokens_alone_changes_no_logit_and_no_gradient(
+    tiny_checkpoint: Checkpoint, lengths: list[int], num_layers: int
+) -> None:
+    """num_layers: how many layers are computed before the rest is asked for."""
+    batch = random_batch(lengths, 64)
+
+    def run(full: bool) -> tuple[Tensor, dict[str, Tensor]]:
+        model = classifier(tiny_checkpoint).double()
+        # The model takes the dtype of its embeddings' output from the pooler's weight: fp64.
+        inputs = (batch.input_ids_T, batch.position_ids_T, batch.layout)
+        if full:
+            first_BD = model.bert(*inputs)[batch.layout.first_tokens_B]
+            logits_BC = model.classifier(torch.tanh(model.bert.pooler(first_BD)))
+        else:
+            hidden_TD = model.bert(*inputs, num_layers=num_layers)
+            logits_BC = model.classify(hidden_TD, batch.layout, num_layers)
+        (logits_BC * torch.linspace(-1, 2, logits_BC.numel()).view_as(logits_BC)).sum().backward()
+        return logits_BC.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+    (logits_BC, gradients), (expected_BC, expected) = run(full=False), run(full=True)
+    torch.testing.assert_close(logits_BC, expected_BC, rtol=1e-12, atol=1e-12)
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-9, atol=1e-12, msg=name)
 
 
 def test_building_and_running_a_model_leaves_the_global_generator_alone(

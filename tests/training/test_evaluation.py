@@ -6,11 +6,12 @@ import torch
 from twostage.data.packing import TokenStore, pack
 from twostage.errors import NonFiniteError
 from twostage.model.checkpoint import Checkpoint, build_model
+from twostage.training import evaluation
 from twostage.training.evaluation import predict_logits
 
 
 def test_logits_come_in_the_order_of_the_data_whatever_the_batches(
-    tiny_checkpoint: Checkpoint,
+    tiny_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_model(tiny_checkpoint, 3, torch.Generator().manual_seed(0))
     generator = torch.Generator().manual_seed(1)
@@ -22,7 +23,8 @@ def test_logits_come_in_the_order_of_the_data_whatever_the_batches(
             [model(**pack(store, torch.tensor([i])).inputs()) for i in range(40)]
         )
     for max_tokens in (1, 50, 8_192):
-        logits_NC = predict_logits(model, store, max_tokens=max_tokens)
+        monkeypatch.setattr(evaluation, "tokens_at_once", lambda device, n=max_tokens: n)
+        logits_NC = predict_logits(model, store)
         torch.testing.assert_close(logits_NC, one_by_one, rtol=1e-4, atol=1e-5)
     rounded_NC = predict_logits(model, store, dtype=torch.bfloat16)
     assert rounded_NC.dtype == torch.float32

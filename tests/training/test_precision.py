@@ -19,18 +19,24 @@ def run(model: BertClassifier) -> torch.Tensor:
     return model(ids, torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]), torch.tensor([0, 4, 8]))
 
 
-def test_in_fp32_the_working_copy_is_the_model(model: BertClassifier) -> None:
-    assert WorkingCopy(model, torch.float32).model is model
+def shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr()
 
 
-def test_in_bf16_everything_but_the_embeddings_is_rounded_and_the_masters_stay(
+def test_in_fp32_the_working_copy_has_the_models_own_weights(model: BertClassifier) -> None:
+    with WorkingCopy(model, torch.float32) as work:
+        pairs = zip(model.parameters(), work.model.parameters(), strict=True)
+        assert all(shares_memory(master, twin) for master, twin in pairs)
+
+
+def test_in_bf16_everything_but_embeddings_and_norms_is_rounded_and_the_masters_stay(
     model: BertClassifier,
 ) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     work = WorkingCopy(model, torch.bfloat16)
     for name, copied in work.model.named_parameters():
-        if name.startswith("bert.embeddings."):
-            assert copied is model.get_parameter(name)
+        if name.startswith("bert.embeddings.") or "norm" in name:
+            assert shares_memory(copied, model.get_parameter(name))
         else:
             assert torch.equal(copied, before[name].bfloat16())
     assert run(work.model).dtype == torch.bfloat16
@@ -43,9 +49,9 @@ def test_gradients_reach_the_masters_in_fp32_and_new_weights_the_copy(
 ) -> None:
     work = WorkingCopy(model, torch.bfloat16)
     run(work.model).float().square().sum().backward()
-    gradients = work.pull_gradients()
-    assert len(gradients) == len(list(model.parameters()))
-    assert all(gradient.dtype == torch.float32 for gradient in gradients)
+    gradients_P = work.pull_gradients()
+    assert gradients_P.dtype == torch.float32
+    assert torch.equal(gradients_P, torch.cat([p.grad.flatten() for p in model.parameters()]))
     with torch.no_grad():
         for master in work.masters:
             master -= 1e-3 * master.grad
@@ -54,8 +60,47 @@ def test_gradients_reach_the_masters_in_fp32_and_new_weights_the_copy(
         model.named_parameters(), work.model.parameters(), strict=True
     ):
         assert torch.equal(copied, master.to(copied.dtype)), name
-    work.drop_gradients()
+    work.__exit__()
     assert all(p.grad is None for p in [*model.parameters(), *work.model.parameters()])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_the_last_backward_alone(
+    model: BertClassifier, dtype: torch.dtype
+) -> None:
+    """Of the word embeddings too, which name the few rows that the batch has read."""
+    ids = (torch.arange(1, 9), torch.tensor([5, 5, 90, 91, 92, 5, 5, 5]))
+    positions, cu_seqlens = torch.tensor([0, 1, 2, 3] * 2), torch.tensor([0, 4, 8])
+    with WorkingCopy(model, dtype) as work:
+        for batch in ids:
+            work.model(batch, positions, cu_seqlens).float().square().sum().backward()
+            after_two = work.pull_gradients().clone()
+    with WorkingCopy(model, dtype) as work:
+        work.model(ids[1], positions, cu_seqlens).float().square().sum().backward()
+        assert torch.equal(after_two, work.pull_gradients())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_with_fewer_tokens_the_copy_computes_the_same_and_its_rows_return_when_it_is_left(
+    model: BertClassifier, dtype: torch.dtype
+) -> None:
+    used = torch.tensor([3, 8, 40])
+    positions, cu_seqlens = torch.tensor([0, 1, 0]), torch.tensor([0, 2, 3])
+    with WorkingCopy(model, dtype) as work:
+        expected = work.model(used, positions, cu_seqlens)
+    before = model.bert.embeddings.word.weight.detach().clone()
+    with pytest.raises(RuntimeError, match="left early"), WorkingCopy(model, dtype, used) as work:
+        assert torch.equal(work.model(torch.arange(3), positions, cu_seqlens), expected)
+        assert sum(m.numel() for m in work.masters) == (
+            sum(p.numel() for p in model.parameters()) - (101 - 3) * 24
+        )
+        with torch.no_grad():
+            work.model.bert.embeddings.word.weight += 1.0
+        raise RuntimeError("left early")
+    after = model.bert.embeddings.word.weight
+    assert torch.equal(after[used], before[used] + 1.0)
+    others = torch.ones(101, dtype=torch.bool).index_fill_(0, used, False)
+    assert torch.equal(after[others], before[others])
 
 
 def test_updates_below_bf16_resolution_add_up_in_the_masters(model: BertClassifier) -> None:

@@ -229,17 +229,13 @@ class Bert(nn.Module):
     ) -> Tensor:
         """The layers above the first `num_layers`, then tanh(W · first token), [B, D].
 
-        hidden_TD: from `forward` with the same `num_layers`. Of the last layer only the first token
-        of each sequence is read, so only that is computed.
+        hidden_TD: from `forward` with the same `num_layers`, which leaves at least the last layer.
+        Of that only the first token of each sequence is read, so only that is computed.
         """
-        above = list(self.layers)[num_layers:]
-        for layer in above[:-1]:
+        *middle, last = list(self.layers)[num_layers:]
+        for layer in middle:
             hidden_TD = layer(hidden_TD, layout, generator)
-        if above:
-            first_BD = above[-1].first_tokens(hidden_TD, layout, generator)
-        else:
-            first_BD = hidden_TD.index_select(0, layout.first_tokens_B)
-        return torch.tanh(self.pooler(first_BD))
+        return torch.tanh(self.pooler(last.first_tokens(hidden_TD, layout, generator)))
 
 
 class BertClassifier(nn.Module):

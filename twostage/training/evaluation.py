@@ -15,8 +15,10 @@ from ..model.bert import BertClassifier
 from ..progress import progress_bar
 from .precision import cast_model
 
-EVALUATION_TOKENS = 8_192
-"""Tokens of an evaluation batch."""
+
+def tokens_at_once(device: torch.device) -> int:
+    """Tokens of a batch that is not trained on: on a CPU, what its caches hold."""
+    return 2_048 if device.type == "cpu" else 16_384
 
 
 def predict_logits(
@@ -24,7 +26,6 @@ def predict_logits(
     store: TokenStore,
     *,
     dtype: torch.dtype = torch.float32,
-    max_tokens: int = EVALUATION_TOKENS,
     show_progress: bool = False,
 ) -> Tensor:
     """[N, C] fp32 logits on the CPU, in the order of `store`; dropout off.
@@ -33,7 +34,7 @@ def predict_logits(
     Raises NonFiniteError when a logit is infinite or not a number.
     """
     work = cast_model(model.bert.config, dict(model.named_parameters()), dtype)
-    batches = length_sorted_batches(store.lengths.numpy(), max_tokens)
+    batches = length_sorted_batches(store.lengths.numpy(), tokens_at_once(model.device))
     logits = [torch.empty(0, model.num_classes, device=model.device)]
     with torch.no_grad(), progress_bar("evaluating", len(store), "text", show_progress) as bar:
         for rows in batches:

@@ -25,12 +25,12 @@ from ..data.packing import TokenStore, pack
 from ..data.samplers import cut_by_tokens, length_sorted_batches
 from ..kernels.attention import PackedLayout
 from ..model.bert import BertClassifier
+from .evaluation import tokens_at_once
+from .precision import cast_model
 from .state import TRUNK_STREAM, TrainingState, derive_seed
 
 WINDOW_TOKENS = 32_768
 """Tokens of a window: memory for this many hidden states is all that the trunk holds."""
-FORWARD_TOKENS = 2_048
-"""Tokens that go through the trunk together."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def compute_features(
     weight = model.bert.pooler.weight
     hidden_TD = weight.new_empty(num_tokens, weight.shape[1])
     done = 0
-    for texts in length_sorted_batches(lengths_N.numpy(), FORWARD_TOKENS):
+    for texts in length_sorted_batches(lengths_N.numpy(), tokens_at_once(weight.device)):
         batch = pack(store, torch.from_numpy(rows_N[texts]), weight.device)
         ends_B = lengths_N[texts].cumsum(0)
         first_row_N[texts] = done + ends_B - lengths_N[texts]
@@ -89,6 +89,20 @@ def compute_features(
     shift_N = first_row_N - offsets[:-1]
     ids = torch.arange(num_tokens) + shift_N.repeat_interleave(lengths_N)
     return Features(hidden_TD, TokenStore(ids.int(), offsets))
+
+
+def cache_features(
+    model: BertClassifier, store: TokenStore, dtype: torch.dtype
+) -> Features | None:
+    """Features of every text of the store, by row, without dropout; None without frozen layers.
+
+    They take 2·D bytes a token in bf16, as long as they are kept.
+    """
+    num_layers = count_frozen_layers(model)
+    if num_layers == 0:
+        return None
+    work = cast_model(model.bert.config, dict(model.named_parameters()), dtype)
+    return compute_features(work, store, np.arange(len(store)), num_layers)
 
 
 class FrozenTrunk:
