@@ -2,8 +2,8 @@
 
 The encoder keeps all texts of a batch on one token axis without padding. Only the attention product
 needs to know where a text begins and ends. This is the plain-PyTorch form: copy queries, keys and
-values into padded [S, H, L, K] blocks, attend there with all but a text's own tokens masked out, and
-copy the contexts back.
+values into padded [S, H, L, K] blocks, attend there with all but a text's own tokens masked out,
+and copy the contexts back.
 
 Padding in the block costs quadratically, so a strip of it holds one text or, where that makes the
 block smaller, two: the longest with the shortest, the second longest with the second shortest and
@@ -59,10 +59,10 @@ class PackedLayout:
     """The rows of `mask_S1LL` that belong to first tokens."""
 
 
-def packed_layout(cu_seqlens: Tensor, device: torch.device | None = None) -> PackedLayout:
+def packed_layout(cu_seqlens: Tensor) -> PackedLayout:
     """The block for sequences that start at `cu_seqlens` ([B+1] integer, from 0 to N).
 
-    Computed where `cu_seqlens` is, best on the CPU, and sent to `device` if one is given.
+    Computed where `cu_seqlens` is; on a GPU that waits for the device.
     """
     starts_B, lengths_B = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     batch_size, num_tokens = len(lengths_B), int(cu_seqlens[-1])
@@ -70,38 +70,35 @@ def packed_layout(cu_seqlens: Tensor, device: torch.device | None = None) -> Pac
     num_strips = -(-batch_size // per_strip)
     first_rows_B = strips_B * length + offsets_B
 
+    def count_up(end: int) -> Tensor:
+        return torch.arange(end, device=cu_seqlens.device)
+
     def each_token(x_B: Tensor) -> Tensor:
         return x_B.repeat_interleave(lengths_B, output_size=num_tokens)
 
-    tokens_N = torch.arange(num_tokens, device=cu_seqlens.device)
-    rows_N = tokens_N + each_token(first_rows_B - starts_B)
-    tokens_R = tokens_N.new_zeros(num_strips * length)
-    tokens_R[rows_N] = tokens_N
-    sequences_R = tokens_N.new_full((num_strips * length,), -1)
-    sequences_R[rows_N] = each_token(torch.arange(batch_size, device=cu_seqlens.device))
+    rows_N = count_up(num_tokens) + each_token(first_rows_B - starts_B)
+    tokens_R = rows_N.new_zeros(num_strips * length)
+    tokens_R[rows_N] = count_up(num_tokens)
     slots_B = strips_B * per_strip + (offsets_B > 0)
     sequences_SW = slots_B.new_zeros(num_strips * per_strip)
-    sequences_SW[slots_B] = torch.arange(batch_size, device=cu_seqlens.device)
-    # An empty place holds sequence 0, which may be of another strip: any row of the strip will do.
-    first_rows_SW = torch.arange(num_strips, device=cu_seqlens.device) * length
-    first_rows_SW = first_rows_SW.repeat_interleave(per_strip)
-    first_rows_SW[slots_B] = first_rows_B
+    sequences_SW[slots_B] = count_up(batch_size)
 
-    def send(tensor: Tensor) -> Tensor:
-        return tensor if device is None else tensor.to(device, non_blocking=True)
-
-    sequences_SL = send(sequences_R).view(num_strips, length)
+    sequences_R = rows_N.new_full((num_strips * length,), -1)  # -1: padding
+    sequences_R[rows_N] = each_token(count_up(batch_size))
+    sequences_SL = sequences_R.view(num_strips, length)
     other_SLL = sequences_SL[:, :, None] != sequences_SL[:, None, :]
-    mask_SLL = torch.zeros(other_SLL.shape, device=other_SLL.device)
+    mask_SLL = torch.zeros(other_SLL.shape, device=cu_seqlens.device)
     mask_SLL.masked_fill_(other_SLL, float("-inf"))
-    first_rows_SW = send(first_rows_SW)
+    # Nobody reads the context of an empty place: any row of the strip's mask will do there.
+    first_rows_SW = (count_up(num_strips) * length).repeat_interleave(per_strip)
+    first_rows_SW[slots_B] = first_rows_B
     return PackedLayout(
-        rows_N=send(rows_N),
-        tokens_R=send(tokens_R),
+        rows_N=rows_N,
+        tokens_R=tokens_R,
         mask_S1LL=mask_SLL[:, None],
-        first_tokens_B=send(starts_B),
-        slots_B=send(slots_B),
-        sequences_SW=send(sequences_SW),
+        first_tokens_B=starts_B,
+        slots_B=slots_B,
+        sequences_SW=sequences_SW,
         mask_S1WL=mask_SLL.view(-1, length)[first_rows_SW].view(num_strips, 1, per_strip, length),
     )
 

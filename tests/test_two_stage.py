@@ -24,6 +24,7 @@ from twostage.model.checkpoint import (
 )
 from twostage.saved_model import ModelInfo, save_model
 from twostage.training import stage as stage_module
+from twostage.training import trunk
 from twostage.training.stage import StageSettings, StepReport, train_stage
 from twostage.training.state import HEAD_STREAM, derive_seed
 from twostage.two_stage import Result
@@ -257,6 +258,26 @@ def test_tables_that_share_a_source_keep_their_own_labels(tiny: Path) -> None:
     result = train_two_stage(tiny, train, test, replace(RECIPE, seeds=(7,)))
     assert result.class_counts_C == (2, 3)
     assert result.seeds[0].metrics.confusion_CC.sum(axis=1).tolist() == [2, 1]
+
+
+def test_the_trunk_is_cached_once_for_all_seeds_and_epochs_and_without_dropout(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    original = trunk.compute_features
+
+    def spy(*arguments: object) -> trunk.Features:
+        computed.append(len(arguments[2]))  # type: ignore[arg-type]
+        return original(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trunk, "compute_features", spy)
+    recipe = replace(RECIPE, epochs_stage_1=3, learning_rate_stage_1=1e-2)
+    cached = run(tiny, replace(recipe, cache_trunk=True))
+    assert computed == [5]
+    recomputed = run(tiny, recipe)
+    assert computed == [5] + [5] * 6  # two seeds of three epochs
+    for one, other in zip(cached.seeds, recomputed.seeds, strict=True):
+        assert not np.array_equal(one.logits_NC, other.logits_NC)
 
 
 def test_columns_of_a_data_frame_serve_as_data(tiny: Path) -> None:

@@ -1,5 +1,7 @@
 """The working copy and its masters."""
 
+from contextlib import suppress
+
 import pytest
 import torch
 
@@ -89,13 +91,13 @@ def test_with_fewer_tokens_the_copy_computes_the_same_and_its_rows_return_when_i
     with WorkingCopy(model, dtype) as work:
         expected = work.model(used, positions, cu_seqlens)
     before = model.bert.embeddings.word.weight.detach().clone()
-    with pytest.raises(RuntimeError, match="left early"), WorkingCopy(model, dtype, used) as work:
-        assert torch.equal(work.model(torch.arange(3), positions, cu_seqlens), expected)
-        assert sum(m.numel() for m in work.masters) == (
-            sum(p.numel() for p in model.parameters()) - (101 - 3) * 24
-        )
-        with torch.no_grad():
-            work.model.bert.embeddings.word.weight += 1.0
+    work = WorkingCopy(model, dtype, used)
+    assert torch.equal(work.model(torch.arange(3), positions, cu_seqlens), expected)
+    assert sum(m.numel() for m in work.masters) == (
+        sum(p.numel() for p in model.parameters()) - (101 - 3) * 24
+    )
+    with suppress(RuntimeError), work, torch.no_grad():
+        work.model.bert.embeddings.word.weight += 1.0
         raise RuntimeError("left early")
     after = model.bert.embeddings.word.weight
     assert torch.equal(after[used], before[used] + 1.0)

@@ -9,7 +9,7 @@ token count at almost every step.
 Shapes: N texts, B texts of a batch, T tokens of a batch with filler.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -100,9 +100,13 @@ def pack(
         send(input_ids_T, device),
         send(position_ids_T, device),
         send(cu_seqlens, device),
-        packed_layout(cu_seqlens, device),
+        _send_layout(packed_layout(cu_seqlens), device),
         num_tokens,
     )
+
+
+def _send_layout(layout: PackedLayout, device: torch.device) -> PackedLayout:
+    return PackedLayout(*(send(getattr(layout, field.name), device) for field in fields(layout)))
 
 
 def renumber_tokens(store: TokenStore) -> tuple[TokenStore, Tensor]:

@@ -10,9 +10,12 @@ beyond `cu_seqlens[-1]` are filler that nobody reads, whose gradient is exactly 
                                       position_ids_T   0    1    2    3   4 |   0    1   2
                                       cu_seqlens       0 5 8
 
-Dropout is on exactly when a generator is passed: there is no train or eval mode to forget. The
-embedding tables stay in fp32 when the rest is cast to bf16: gathering rows gains nothing from
-bf16, and the sum of many gradients into the row of a frequent word would lose most of them.
+Of the last layer only the first token of each text is read, so only that is computed there
+(`BertLayer.forward`): exact, and a seventh of the work of a six-layer encoder.
+
+Dropout is on exactly when a generator is passed: there is no train or eval mode to forget.
+Embedding tables and norms stay in fp32 when the rest is cast to bf16: gathering rows gains nothing
+from bf16, and the sum of many gradients into the row of a frequent word would lose most of them.
 
 Shapes: B sequences, T packed tokens, D hidden, I intermediate, C classes, V vocabulary.
 """
@@ -142,52 +145,47 @@ class BertLayer(nn.Module):
         self.attention_dropout_p = config.attention_probs_dropout_prob
 
     def forward(
-        self, hidden_TD: Tensor, layout: PackedLayout, generator: torch.Generator | None
+        self,
+        hidden_TD: Tensor,
+        layout: PackedLayout,
+        generator: torch.Generator | None,
+        *,
+        first_tokens_only: bool = False,
     ) -> Tensor:
-        """Every token's new hidden state, [T, D]."""
-        context_TD = packed_attention(
-            self.qkv(hidden_TD), layout, self.num_heads, self.attention_dropout_p, generator
-        )
-        return self._after_attention(context_TD, hidden_TD, generator)
+        """Every token's new hidden state, [T, D], or that of each sequence's first token, [B, D].
 
-    def first_tokens(
-        self, hidden_TD: Tensor, layout: PackedLayout, generator: torch.Generator | None
-    ) -> Tensor:
-        """The rows of `forward` that belong to the first token of each sequence, [B, D].
-
-        Keys and values need every token; the query, and all that follows attention, only the first.
+        For first tokens alone, keys and values still need every token; the query, and all that
+        follows attention, only the first ones.
         """
-        hidden = hidden_TD.shape[1]
-        query_weight, key_value_weight = self.qkv.weight.split((hidden, 2 * hidden))
-        query_bias, key_value_bias = self.qkv.bias.split((hidden, 2 * hidden))
-        first_BD = hidden_TD.index_select(0, layout.first_tokens_B)
-        context_BD = first_token_attention(
-            F.linear(first_BD, query_weight, query_bias),
-            F.linear(hidden_TD, key_value_weight, key_value_bias),
-            layout,
-            self.num_heads,
-            self.attention_dropout_p,
-            generator,
-        )
-        return self._after_attention(context_BD, first_BD, generator)
+        dropout_p = self.attention_dropout_p
+        if first_tokens_only:
+            split = (hidden_TD.shape[1], 2 * hidden_TD.shape[1])
+            query_weight, key_value_weight = self.qkv.weight.split(split)
+            query_bias, key_value_bias = self.qkv.bias.split(split)
+            key_value_T2D = F.linear(hidden_TD, key_value_weight, key_value_bias)
+            hidden_TD = hidden_TD.index_select(0, layout.first_tokens_B)  # from here on [B, D]
+            context_TD = first_token_attention(
+                F.linear(hidden_TD, query_weight, query_bias),
+                key_value_T2D,
+                layout,
+                self.num_heads,
+                dropout_p,
+                generator,
+            )
+        else:
+            context_TD = packed_attention(
+                self.qkv(hidden_TD), layout, self.num_heads, dropout_p, generator
+            )
 
-    def _after_attention(
-        self, context_TD: Tensor, hidden_TD: Tensor, generator: torch.Generator | None
-    ) -> Tensor:
-        attended_TD = self._add_and_norm(
-            self.attention_output(context_TD), hidden_TD, self.attention_norm, generator
-        )
-        activated_TI = activate(self.intermediate(attended_TD), self.activation)
-        return self._add_and_norm(
-            self.output(activated_TI), attended_TD, self.output_norm, generator
-        )
+        def add_and_norm(x_TD: Tensor, residual_TD: Tensor, norm: nn.LayerNorm) -> Tensor:
+            p = self.hidden_dropout_p
+            return dropout_residual_norm(
+                x_TD, residual_TD, norm.weight, norm.bias, norm.eps, p, generator
+            )
 
-    def _add_and_norm(
-        self, x_TD: Tensor, residual_TD: Tensor, norm: nn.LayerNorm, generator: torch.Generator | None
-    ) -> Tensor:
-        return dropout_residual_norm(
-            x_TD, residual_TD, norm.weight, norm.bias, norm.eps, self.hidden_dropout_p, generator
-        )
+        hidden_TD = add_and_norm(self.attention_output(context_TD), hidden_TD, self.attention_norm)
+        activated_TI = activate(self.intermediate(hidden_TD), self.activation)
+        return add_and_norm(self.output(activated_TI), hidden_TD, self.output_norm)
 
 
 class Bert(nn.Module):
@@ -235,7 +233,8 @@ class Bert(nn.Module):
         *middle, last = list(self.layers)[num_layers:]
         for layer in middle:
             hidden_TD = layer(hidden_TD, layout, generator)
-        return torch.tanh(self.pooler(last.first_tokens(hidden_TD, layout, generator)))
+        first_BD = last(hidden_TD, layout, generator, first_tokens_only=True)
+        return torch.tanh(self.pooler(first_BD))
 
 
 class BertClassifier(nn.Module):

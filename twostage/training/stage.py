@@ -98,6 +98,7 @@ def train_stage(
 ) -> None:
     """Train `state.model` from where `state` stands to the end of the stage, in place.
 
+    The model is up to date when this returns or raises; on the way its word embeddings are not.
     features: of all texts of `data` after the layers that are frozen, if they are to be the same in
     all epochs; None: computed as they are needed, with dropout (`trunk.py`).
     Raises NonFiniteError, naming the step and its rows, when a loss or gradient is not finite;

@@ -44,7 +44,7 @@ class Features:
 
 
 def count_frozen_layers(model: BertClassifier) -> int:
-    """Layers of the trunk: how many, from the bottom, have nothing below or in them that is trained.
+    """How many layers from the bottom have nothing in them or below them that is trained.
 
     The last layer never counts: only the first token of each text is computed there (`Bert.pool`).
     """
@@ -91,9 +91,7 @@ def compute_features(
     return Features(hidden_TD, TokenStore(ids.int(), offsets))
 
 
-def cache_features(
-    model: BertClassifier, store: TokenStore, dtype: torch.dtype
-) -> Features | None:
+def cache_features(model: BertClassifier, store: TokenStore, dtype: torch.dtype) -> Features | None:
     """Features of every text of the store, by row, without dropout; None without frozen layers.
 
     They take 2·D bytes a token in bf16, as long as they are kept.
