@@ -7,9 +7,11 @@ are random: zeros can run faster than real data.
 
 import gc
 import json
+import os
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
@@ -28,13 +30,17 @@ from twostage.training.precision import choose_device
 RESULTS = Path(__file__).parent / "results"
 
 
+class Enough(Exception):
+    """Ends a loop that would go on after the last step that is timed."""
+
+
 class StepClock:
     """The time of each training step, taken as its loss is computed: at the same place in every
     loop, whoever wrote it.
 
     On a GPU the host runs ahead, so the ticks are events on the device's own time line. The first
     `warmup` steps are left out of every figure but `warmup_seconds`. A profiler, if given, sees the
-    steps that are timed.
+    steps that are timed. `ends_loop`: the last tick raises Enough.
     """
 
     def __init__(
@@ -43,11 +49,14 @@ class StepClock:
         warmup: int,
         steps: int,
         profiler: torch.profiler.profile | None = None,
+        *,
+        ends_loop: bool = False,
     ) -> None:
         self.device = device
         self.warmup = warmup
         self.steps = steps
         self.profiler = profiler
+        self.ends_loop = ends_loop
         self.ticks: list[Any] = []
         self.losses: list[torch.Tensor] = []
         self.began = self.warmup_seconds = 0.0
@@ -60,18 +69,20 @@ class StepClock:
         """Call once a step with its loss; returns it."""
         self.losses.append(loss.detach())
         if len(self.ticks) == self.warmup:
-            self._synchronize()
+            synchronize(self.device)
             self.warmup_seconds = perf_counter() - self.began
             if self.profiler is not None:
                 self.profiler.start()
         elif self.profiler is not None and len(self.ticks) == self.warmup + self.steps:
-            self._synchronize()
+            synchronize(self.device)
             self.profiler.stop()
         if self.device.type == "cuda":
             self.ticks.append(torch.cuda.Event(enable_timing=True))
             self.ticks[-1].record()
         else:
             self.ticks.append(perf_counter())
+        if self.ends_loop and len(self.ticks) == self.warmup + self.steps + 1:
+            raise Enough
         return loss
 
     def watch(self, loss_function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -80,20 +91,22 @@ class StepClock:
 
     def step_seconds(self) -> np.ndarray:
         """[steps]: from the loss of one step to the loss of the next."""
-        self._synchronize()
+        synchronize(self.device)
         assert len(self.ticks) == self.warmup + self.steps + 1, "one tick a step, and a last one"
         measured = self.ticks[self.warmup :]
         if self.device.type == "cuda":
             return np.array([a.elapsed_time(b) / 1e3 for a, b in pairwise(measured)])
         return np.diff(measured)
 
-    def mean_loss(self) -> float:
-        """Over the steps that are timed."""
-        return float(torch.stack(self.losses[self.warmup + 1 :]).float().mean())
+    def mean_loss(self, first: int, last: int) -> float:
+        """Over the steps from `first` to `last`, counted from 0, both included."""
+        return float(torch.stack(self.losses[first : last + 1]).float().mean())
 
-    def _synchronize(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+
+def synchronize(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 class MemoryPeak:
@@ -156,12 +169,10 @@ def median_seconds(run: Callable[[], object], device: torch.device, repeats: int
     """After three calls to warm up."""
     times = []
     for _ in range(repeats + 3):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         began = perf_counter()
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        synchronize(device)
         times.append(perf_counter() - began)
     return float(np.median(times[3:]))
 
@@ -184,15 +195,21 @@ def run_child(script: Path, job: dict[str, Any], timeout: float) -> dict[str, An
     """`python script --job JSON` in a process of its own; the last line it prints is the result.
 
     A process a case keeps peak memory and caches apart, and a failure from ending the run: it is
-    returned as {"error": …}.
+    returned as {"error": …}. What torch.compile left on the disk in earlier runs is out of reach.
     """
     command = [sys.executable, str(script), "--job", json.dumps(job)]
-    try:
-        finished = subprocess.run(
-            command, capture_output=True, text=True, timeout=timeout, check=False
-        )
-    except subprocess.TimeoutExpired:
-        return {"error": f"took longer than {timeout:.0f} s"}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as compiled:
+        try:
+            finished = subprocess.run(
+                command,
+                env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": compiled},
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            return {"error": f"took longer than {timeout:.0f} s"}
     if finished.returncode == 0:
         with suppress(IndexError, ValueError):  # no last line, or one that is not JSON
             result: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])

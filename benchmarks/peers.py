@@ -6,6 +6,7 @@
           longest of the batch (rounded up to a multiple of 8)
     P2    P1 without the Trainer's check of every loss for NaN, which waits for the device, and with
           TF32; `group_by_length` on top changes the batches and is reported apart
+    P3    P2 under torch.compile, as the Trainer's `torch_compile=True` does it
     P4    what an expert gets out of stock parts: transformers' BERT, bf16 autocast, texts padded to
           a few lengths, and for each of these the whole step in one CUDA graph, with a fused AdamW
           that keeps step and learning rate on the device. On a CPU the same loop without graphs.
@@ -129,9 +130,22 @@ def train_with_trainer(
     bf16: bool,
     tuned: bool = False,
     group_by_length: bool = False,
+    compiled_by: str | None = None,
+    on_loss: Callable[[Tensor], object] | None = None,
     on_batch: Callable[[list[int]], None] | None = None,
 ) -> None:
-    """P1, or P2 (`tuned`). on_batch: gets the lengths of each batch's texts, in its order."""
+    """P1, P2 (`tuned`), or P3 (`tuned`, and `compiled_by` a backend of torch.compile).
+
+    on_loss: called with each step's loss, outside of what is compiled. on_batch: gets the lengths
+    of each batch's texts, in its order.
+    """
+
+    class Trainer(transformers.Trainer):  # type: ignore[misc]
+        def compute_loss(self, *arguments: Any, **named: Any) -> Any:
+            loss = super().compute_loss(*arguments, **named)
+            if on_loss is not None:
+                on_loss(loss)
+            return loss
 
     def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
         if on_batch is not None:
@@ -154,8 +168,10 @@ def train_with_trainer(
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=device.type == "cuda",
+            torch_compile=compiled_by is not None,
+            torch_compile_backend=compiled_by,
         )
-        trainer = transformers.Trainer(model, settings, data_collator=collate, train_dataset=texts)
+        trainer = Trainer(model, settings, data_collator=collate, train_dataset=texts)
         trainer.train()
 
 

@@ -285,7 +285,7 @@ def make_rival(ours: BertClassifier, dtype: torch.dtype) -> Any:
     config = twin.bert.config
     config.num_labels = ours.num_classes
     with torch.device("meta"):  # its own weights are never drawn
-        model = transformers.BertForSequenceClassification(config)
+        model: Any = transformers.BertForSequenceClassification(config)
     model.bert, model.classifier, model.dropout = twin.bert, twin.classifier, torch.nn.Identity()
     return model.eval().to(dtype)
 
@@ -305,7 +305,7 @@ def make_pipeline(
     places = {name: c for c, name in model.config.id2label.items()}
 
     def predict(texts: Texts) -> np.ndarray:
-        answers = classify(texts, batch_size=batch_size, **logits_only, **cut)
+        answers: Any = classify(texts, batch_size=batch_size, **logits_only, **cut)
         logits_NC = np.empty((len(texts), len(places)), dtype=np.float32)
         for logits_C, answer in zip(logits_NC, answers, strict=True):
             for score in answer:  # the highest first

@@ -31,14 +31,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import RESULTS, describe_environment, markdown_table, save
-from predict_throughput import prepare_folder
+from harness import RESULTS, StepClock, describe_environment, markdown_table, save
+from predict_throughput import MAX_LENGTH, prepare_folder
 from train_throughput import describe_place
 from workload import MODELS
 
 from twostage.data.downsampling import downsample
 from twostage.data.samplers import random_batches
-from twostage.data.tables import find_classes, read_table, write_table
+from twostage.data.tables import Classes, Table, find_classes, read_table, write_table
 from twostage.model.checkpoint import build_model, load_checkpoint
 from twostage.report import summarize
 from twostage.training.metrics import compute_metrics
@@ -211,26 +211,13 @@ def run_peer(job: dict[str, Any]) -> dict[str, Any]:
     train, test = (read_table(Path(job["data"]) / name) for name in ("train.csv", "test.csv"))
     classes = find_classes(train)
     tokenizer = transformers.AutoTokenizer.from_pretrained(job["model"])
-    train_texts, test_texts = (
-        [
-            {"input_ids": ids, "labels": int(label)}
-            for ids, label in zip(
-                tokenizer(list(table.texts), truncation=True, max_length=peers.MAX_LENGTH)[
-                    "input_ids"
-                ],
-                classes.encode(table),
-                strict=True,
-            )
-        ]
-        for table in (train, test)
-    )
+    train_texts, test_texts = (tokenize(table, classes, tokenizer) for table in (train, test))
     counts_C = np.bincount(classes.encode(train), minlength=len(classes)).tolist()
     checkpoint = load_checkpoint(job["model"])
 
     times = [perf_counter()]
     generator = torch.Generator().manual_seed(derive_seed(HEAD_STREAM, SEED))
     ours = build_model(checkpoint, len(classes), generator)
-    losses: list[torch.Tensor] = []
     steps, mean_loss = {}, {}
     attention = "eager" if published else "sdpa"
     model = peers.PeerClassifier(ours, attention, torch.nn.functional.cross_entropy).to(device)
@@ -238,26 +225,29 @@ def run_peer(job: dict[str, Any]) -> dict[str, Any]:
     for stage in (1, 2):
         if stage == 2:
             model.requires_grad_(True)
-        model.loss_function = remembering(peers.stage_loss(stage, counts_C, device), losses)
-        order = np.concatenate(random_batches(len(train), BATCH_SIZE, (SEED, stage), epoch=0))
-        texts = [train_texts[i] for i in order]
+        loss = peers.stage_loss(stage, counts_C, device)
+        batches = random_batches(len(train), BATCH_SIZE, (SEED, stage), epoch=0)
+        texts = [train_texts[i] for i in np.concatenate(batches)]
+        clock = StepClock(device, 0, len(batches))  # here it counts steps and keeps their losses
+        common = (model, texts, BATCH_SIZE, LEARNING_RATES[stage], device)
         if published:
-            peers.train_published(model, texts, BATCH_SIZE, LEARNING_RATES[stage], device)
+            model.loss_function = clock.watch(loss)
+            peers.train_published(*common)
         else:
-            peers.train_with_trainer(
-                model, texts, BATCH_SIZE, LEARNING_RATES[stage], device, bf16=True
-            )
-        steps[str(stage)] = len(losses)
-        mean_loss[str(stage)] = float(torch.stack(losses).float().mean())  # waits for the device
-        losses.clear()
+            model.loss_function = loss
+            peers.train_with_trainer(*common, bf16=True, on_loss=clock.tick)
+        steps[str(stage)] = len(clock.losses)
+        # Reading the loss waits for the device, so that the stage's time is all there.
+        mean_loss[str(stage)] = float(torch.stack(clock.losses).float().mean())
         times.append(perf_counter())
 
+    model.loss_function = torch.nn.functional.cross_entropy
     model.eval()
     logits = []
     with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=not published):
         for start in range(0, len(test_texts), BATCH_SIZE):
             batch = peers.pad(
-                test_texts[start : start + BATCH_SIZE], peers.MAX_LENGTH if published else None
+                test_texts[start : start + BATCH_SIZE], MAX_LENGTH if published else None
             )
             batch = {name: tensor.to(device) for name, tensor in batch.items()}
             logits.append(model(**batch)["logits"].float().cpu())
@@ -274,15 +264,13 @@ def run_peer(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def remembering(loss_function: Any, losses: list[torch.Tensor]) -> Any:
-    """The same loss, which puts each value into `losses`."""
-
-    def remember(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        loss: torch.Tensor = loss_function(logits, labels)
-        losses.append(loss.detach())
-        return loss
-
-    return remember
+def tokenize(table: Table, classes: Classes, tokenizer: Any) -> list[dict[str, Any]]:
+    """The rows as `peers.py` takes them, by transformers' tokenizer."""
+    rows = tokenizer(list(table.texts), truncation=True, max_length=MAX_LENGTH)["input_ids"]
+    return [
+        {"input_ids": ids, "labels": int(label)}
+        for ids, label in zip(rows, classes.encode(table), strict=True)
+    ]
 
 
 def describe(record: dict[str, Any]) -> str:

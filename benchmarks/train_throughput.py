@@ -2,10 +2,25 @@
 
     python benchmarks/train_throughput.py --data demo             MiniLM on critics' snippets
     python benchmarks/train_throughput.py --model bert-base       BERT-base's shape, no network
+    python benchmarks/train_throughput.py --data demo --profile   where the time of ours goes
 
 Each case runs in a process of its own, after `--warmup` steps that are reported apart. The rivals
 are described in `peers.py`; they need transformers and accelerate (`pip install -e '.[bench]'`).
-Prints a table, then one JSON line, and writes both to `benchmarks/results/`.
+Prints tables, then one JSON line, and writes both to `benchmarks/results/`. With `--profile` it
+only prints the operations on which ours in bf16 spends its time, in both stages at the first of
+the batch sizes, and writes nothing; a full run keeps the same profiles among its results.
+
+Ours is `train_stage` as `twostage train` calls it, in a process that keeps freed memory as that
+command does (`twostage/memory.py`). In stage 2 it has the whole data set before it, hence all of
+its words to train, and is stopped after the steps on the clock. In stage 1 it computes the frozen
+layers for many steps at once, so a few steps say nothing: there the clock runs over a whole epoch,
+from the call of `train_stage` on a fresh model to its return, after a run on another model that
+warms up. A rival gets the texts of the first steps of that epoch, and is timed step by step in both
+stages. `mean loss` is over the same steps for all.
+
+The first steps under torch.compile are those that compile: they are given more warm-up (`WARM_UP`),
+so their texts on the clock come a few steps later. `ours bf16, compiled` is an experiment, not
+something that the package does: its layers under torch.compile, all but the attention.
 
 Two limits are measured in the same run. `matmul`: the share of the machine's bf16 matrix rate that
 the least work of the recipe would take (`needed_flops` in `workload.py`: real tokens, nothing that
@@ -16,6 +31,8 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -24,6 +41,7 @@ import numpy as np
 import torch
 from harness import (
     RESULTS,
+    Enough,
     MemoryPeak,
     StepClock,
     describe_environment,
@@ -31,11 +49,13 @@ from harness import (
     measure_limits,
     run_child,
     save,
+    synchronize,
 )
 from workload import MODELS, Workload, make_workload, needed_bytes, needed_flops
 
 from twostage.assets.data_sets import fetch_demo
 from twostage.data.samplers import random_batches
+from twostage.memory import keep_freed_memory
 from twostage.model.checkpoint import build_model
 from twostage.training.losses import cross_entropy, make_loss
 from twostage.training.precision import choose_device
@@ -54,9 +74,15 @@ RUNS = {
     "P2 bf16": ("Trainer", {"bf16": True, "tuned": True}),
     "P2 bf16, by length": ("Trainer", {"bf16": True, "tuned": True, "group_by_length": True}),
     "P4 bf16": ("P4", {}),
+    "P3 bf16": ("Trainer", {"bf16": True, "tuned": True, "compiled": True}),
+    "ours bf16, compiled": ("ours", {"bf16": True, "compiled": True}),
 }
 """Name in the table: (loop, its settings)."""
-CPU_RUNS = tuple(name for name in RUNS if name != "P4 bf16")  # P4 is made for graphs
+WARM_UP = {"P3 bf16": 24, "ours bf16, compiled": 24}
+"""Steps before the clock, where these are more than the others have."""
+MEMORY_BATCH_SIZE = 256
+"""From here on the question is memory more than speed, and the steps are few."""
+MIN_STEPS = 6
 
 
 def main() -> None:
@@ -66,9 +92,10 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--runs", help=f"some of: {'; '.join(RUNS)} (default: all that make sense)")
     parser.add_argument("--stages", default="1,2")
-    parser.add_argument("--batch-sizes", default="16,64")
+    parser.add_argument("--batch-sizes", help="(default: 16,64, and on a CPU 256)")
     parser.add_argument("--warmup", type=int, default=8, help="steps before the clock")
     parser.add_argument("--texts", type=int, default=960, help="on the clock, in every case")
+    parser.add_argument("--profile", action="store_true", help="of ours alone, to the screen alone")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -77,23 +104,39 @@ def main() -> None:
         return
     if options.model == "minilm":
         fetch_demo(options.data)
+    stages = [int(stage) for stage in options.stages.split(",")]
     on_gpu = choose_device(options.device).type == "cuda"
-    runs = options.runs.split("; ") if options.runs else list(RUNS) if on_gpu else CPU_RUNS
-    jobs = make_jobs(
-        runs,
-        [int(stage) for stage in options.stages.split(",")],
-        [int(size) for size in options.batch_sizes.split(",")],
-        options.texts,
-        model=options.model,
-        data=str(options.data),
-        device=options.device,
-        warmup=options.warmup,
-    )
-    jobs += [
-        job | {"profile": True, "steps": 10}
-        for job in jobs
-        if job["run"] == "ours bf16" and job["batch_size"] == jobs[0]["batch_size"]
+    default_sizes = "16,64" if on_gpu else "16,64,256"
+    batch_sizes = [int(size) for size in (options.batch_sizes or default_sizes).split(",")]
+    common = {
+        "model": options.model,
+        "data": str(options.data),
+        "device": options.device,
+        "warmup": options.warmup,
+    }
+    profiles = [
+        job | {"profile": True}
+        for job in make_jobs(
+            ("ours bf16",),
+            sorted(stages, reverse=True),
+            batch_sizes[:1],
+            10 * batch_sizes[0],
+            **common,
+        )
     ]
+    if options.profile:
+        for rows in run_jobs(profiles):
+            print(f"{describe_profile(rows[-1])}\n", flush=True)
+        return
+    jobs = []
+    for stage in stages:
+        for size in batch_sizes:
+            if options.runs:
+                runs = options.runs.split("; ")
+            else:
+                runs = list(RUNS) if on_gpu else cpu_runs(stage, size)
+            jobs += make_jobs(runs, (stage,), (size,), options.texts, **common)
+    jobs += profiles
     record = describe_environment(options.device)
     record["limits"] = run_child(Path(__file__), {"limits": "full", "device": options.device}, 300)
     name = f"train_throughput-{options.model}-{describe_place(record)}"
@@ -111,13 +154,28 @@ def make_jobs(
     num_texts: int,
     **common: Any,
 ) -> list[dict[str, Any]]:
-    """Every run for every batch size and stage, `num_texts` on the clock in each."""
-    return [
-        {"run": run, "stage": stage, "batch_size": size, "steps": -(-num_texts // size)} | common
-        for stage in stages
-        for size in batch_sizes
-        for run in runs
-    ]
+    """Every run for every batch size and stage, at least `num_texts` on the clock in each."""
+    jobs = []
+    for stage in stages:
+        for size in batch_sizes:
+            for run in runs:
+                job = {"run": run, "stage": stage, "batch_size": size} | common
+                job["steps"] = max(MIN_STEPS, -(-num_texts // size))
+                if size >= MEMORY_BATCH_SIZE:
+                    job["warmup"] = min(job["warmup"], 4)
+                job["warmup"] = max(job["warmup"], WARM_UP.get(run, 0))
+                jobs.append(job)
+    return jobs
+
+
+def cpu_runs(stage: int, batch_size: int) -> list[str]:
+    """What is worth its minutes on a CPU."""
+    if batch_size >= MEMORY_BATCH_SIZE:
+        return ["ours bf16", "P1 bf16", "P2 bf16"] if stage == 2 else []
+    runs = [name for name in RUNS if name != "P4 bf16"]  # P4 is made for graphs
+    if batch_size > 16:
+        return [name for name in runs if name not in ("ours fp32", "P1 fp32", *WARM_UP)]
+    return runs
 
 
 def run_jobs(
@@ -146,101 +204,201 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     device = choose_device(job["device"])
     if job.get("limits"):
         return measure_limits(device, quick=job["limits"] == "quick")
-    batch_size, steps, warmup = job["batch_size"], job["steps"], job["warmup"]
-    # One step more than is timed: a step ends where the next computes its loss.
-    num_texts = (warmup + steps + 1) * batch_size
-    dropout = job.get("dropout", 0.1)
-    workload = make_workload(job["model"], num_texts, Path(job["data"]), dropout)
-    order = np.concatenate(random_batches(num_texts, batch_size, (SEED, job["stage"]), epoch=0))
-    profiler = make_profiler(device) if job.get("profile") else None
-    clock = StepClock(device, warmup, steps, profiler)
+    case = make_case(job, device)
+    if case.is_ours:
+        keep_freed_memory()
+        if RUNS[job["run"]][1].get("compiled"):
+            compile_layers(job.get("compiled_by", "inductor"))
+    if job["stage"] == 1 and case.is_ours:
+        return time_whole_stage(case)
+    return time_steps(case)
 
-    lengths_N = workload.data.store.lengths.numpy()
-    batches = [lengths_N[rows] for rows in order.reshape(-1, batch_size)]
+
+@dataclass(frozen=True)
+class Case:
+    """What one process times."""
+
+    job: dict[str, Any]
+    device: torch.device
+    workload: Workload
+    batches: list[np.ndarray]
+    """Rows of the texts, in the order of the stage's first epoch; the last may be smaller."""
+    profiler: torch.profiler.profile | None
+
+    @property
+    def is_ours(self) -> bool:
+        return RUNS[self.job["run"]][0] == "ours"
+
+    def lengths(self, batch: np.ndarray) -> np.ndarray:
+        """Tokens of each text."""
+        lengths_N: np.ndarray = self.workload.data.store.lengths.numpy()
+        return lengths_N[batch]
+
+
+def make_case(job: dict[str, Any], device: torch.device) -> Case:
+    # One step more than is timed: a step ends where the next computes its loss.
+    num_texts = (job["warmup"] + job["steps"] + 1) * job["batch_size"]
+    workload = make_workload(job["model"], num_texts, Path(job["data"]), job.get("dropout", 0.1))
+    order = (SEED, job["stage"])  # as `train_stage` has it
+    batches = random_batches(len(workload.data), job["batch_size"], order, epoch=0)
+    profiler = make_profiler(device) if job.get("profile") else None
+    return Case(job, device, workload, batches, profiler)
+
+
+def time_steps(case: Case) -> dict[str, Any]:
+    """Rate the steps after the warm-up, from tick to tick."""
+    warmup, steps = case.job["warmup"], case.job["steps"]
+    clock = StepClock(case.device, warmup, steps, case.profiler, ends_loop=case.is_ours)
     seen: list[list[int]] = []  # by a loop that makes batches of its own
-    memory = MemoryPeak(device)
-    train = prepare(workload, order, job, device, clock, seen.append)
+    memory = MemoryPeak(case.device)
+    train = prepare(case, clock, seen.append)
     memory.reset()
     clock.start()
-    train()
+    with suppress(Enough):
+        train()
 
-    seconds = clock.step_seconds()
-    timed = [np.array(lengths_B) for lengths_B in (seen or batches)[warmup + 1 :]]
-    assert len(timed) == steps
-    tokens_per_second = float(sum(map(np.sum, timed)) / seconds.sum())
-    examples_per_second = steps * batch_size / seconds.sum()
+    step_seconds = clock.step_seconds()
+    timed = slice(warmup + 1, warmup + 1 + steps)
+    lengths = [np.array(lengths_B) for lengths_B in seen] or [*map(case.lengths, case.batches)]
+    result = rate(case, float(step_seconds.sum()), step_seconds, lengths[timed])
     if seen:  # the texts on the clock may be longer or shorter than the others'
-        examples_per_second = tokens_per_second / float(lengths_N.mean())
-    config = workload.checkpoint.config
-    flops = sum(needed_flops(config, lengths_B, job["stage"]) for lengths_B in timed)
-    p20, p50, p80 = (round(1e3 * q, 3) for q in np.quantile(seconds, (0.2, 0.5, 0.8)))
-    result = {
-        "examples_per_second": examples_per_second,
-        "tokens_per_second": tokens_per_second,
-        "needed_flops_per_second": float(flops / seconds.sum()),
-        "needed_bytes_per_second": needed_bytes(config, job["stage"]) / float(np.mean(seconds)),
-        "step_ms_p20_p50_p80": [p20, p50, p80],
+        mean_length = np.concatenate([*map(case.lengths, case.batches[: len(seen)])]).mean()
+        result["examples_per_second"] = result["tokens_per_second"] / float(mean_length)
+    return result | {
         "warmup_seconds": round(clock.warmup_seconds, 2),
         "peak_memory_mib": round(memory.read() / 2**20),
-        "mean_loss": clock.mean_loss(),
+        "mean_loss": clock.mean_loss(warmup + 1, warmup + steps),
     }
-    if profiler is not None:
-        result["profile"] = top_operations(profiler, device, steps)
+
+
+def time_whole_stage(case: Case) -> dict[str, Any]:
+    """Rate an epoch of ours from call to return, with all that is done once or for many steps."""
+    warmup, steps, device = case.job["warmup"], case.job["steps"], case.device
+    memory = MemoryPeak(device)
+    began = perf_counter()
+    with suppress(Enough):
+        prepare(case, StepClock(device, 0, warmup, ends_loop=True))()
+    synchronize(device)
+    warmup_seconds = perf_counter() - began
+
+    clock = StepClock(device, 0, len(case.batches) - 1)
+    train = prepare(case, clock)
+    memory.reset()
+    with case.profiler or nullcontext():
+        began = perf_counter()
+        train()
+        synchronize(device)
+        seconds = perf_counter() - began
+    lengths = [*map(case.lengths, case.batches)]
+    return rate(case, seconds, clock.step_seconds(), lengths) | {
+        "warmup_seconds": round(warmup_seconds, 2),
+        "peak_memory_mib": round(memory.read() / 2**20),
+        "mean_loss": clock.mean_loss(warmup + 1, warmup + steps),
+    }
+
+
+def rate(
+    case: Case, seconds: float, step_seconds: np.ndarray, lengths: list[np.ndarray]
+) -> dict[str, Any]:
+    """What was done in `seconds`. lengths: tokens of each text, for each batch."""
+    config, stage = case.workload.checkpoint.config, case.job["stage"]
+    flops = sum(needed_flops(config, lengths_B, stage) for lengths_B in lengths)
+    p20, p50, p80 = (round(1e3 * q, 3) for q in np.quantile(step_seconds, (0.2, 0.5, 0.8)))
+    result = {
+        "texts_timed": sum(map(len, lengths)),
+        "examples_per_second": sum(map(len, lengths)) / seconds,
+        "tokens_per_second": float(sum(map(np.sum, lengths)) / seconds),
+        "needed_flops_per_second": float(flops / seconds),
+        "needed_bytes_per_second": needed_bytes(config, stage) * len(lengths) / seconds,
+        "step_ms_p20_p50_p80": [p20, p50, p80],
+    }
+    if case.profiler is not None:
+        result["profile"] = top_operations(case.profiler, case.device, len(lengths))
     return result
 
 
 def prepare(
-    workload: Workload,
-    order: np.ndarray,
-    job: dict[str, Any],
-    device: torch.device,
-    clock: StepClock,
-    on_batch: Callable[[list[int]], None],
+    case: Case, clock: StepClock, on_batch: Callable[[list[int]], None] | None = None
 ) -> Callable[[], None]:
     """Build the model and lay out the texts; the training is what is returned.
 
     on_batch: gets the lengths of the texts in each batch, if the loop makes batches of its own.
     """
+    job, device, data = case.job, case.device, case.workload.data
     loop, settings = RUNS[job["run"]]
     stage, batch_size = job["stage"], job["batch_size"]
     learning_rate = job.get("learning_rate", LEARNING_RATES[stage])
+    num_steps = job["warmup"] + job["steps"] + 1  # of a rival
     generator = torch.Generator().manual_seed(SEED)
-    ours = build_model(workload.checkpoint, 2, generator)
-    counts_C = workload.data.class_counts(2)
+    ours = build_model(case.workload.checkpoint, 2, generator)
+    counts_C = data.class_counts(2)
     if loop == "ours":
         ours.to(device)
         if stage == 1:
             freeze_below_top(ours, 1)
         loss = make_loss("ldam", "effective", counts_C, device) if stage == 1 else cross_entropy
-        dtype = torch.bfloat16 if settings["bf16"] else torch.float32
-        stage_settings = StageSettings(1, learning_rate, batch_size, dtype=dtype)
+        stage_settings = StageSettings(
+            epochs=1,
+            learning_rate=learning_rate,
+            batch_size=batch_size,
+            dtype=torch.bfloat16 if settings["bf16"] else torch.float32,
+            schedule_steps=num_steps,
+        )
         state = TrainingState(SEED, ours, stage=stage)
-        return lambda: train_stage(state, workload.data, clock.watch(loss), stage_settings)
+        return lambda: train_stage(state, data, clock.watch(loss), stage_settings)
 
     import peers
 
     loss = peers.stage_loss(stage, counts_C, device)
-    # P4's loss is computed inside a graph, where no clock can tick: its loop ticks itself.
-    watched = loss if loop == "P4" else clock.watch(loss)
     attention = "eager" if loop == "P0" else "sdpa"
+    # The others' losses are computed where no clock can tick, in what is compiled or captured.
+    watched = clock.watch(loss) if loop == "P0" else loss
     model = peers.PeerClassifier(ours, attention, watched).to(device)
     if stage == 1:
         model.freeze_below_last_layer()
-    offsets = workload.data.store.offsets
+    store = data.store
     texts = [
         {
-            "input_ids": workload.data.store.ids[offsets[i] : offsets[i + 1]],
-            "labels": int(workload.data.labels_N[i]),
+            "input_ids": store.ids[store.offsets[i] : store.offsets[i + 1]],
+            "labels": int(data.labels_N[i]),
         }
-        for i in order
+        for i in np.concatenate(case.batches[:num_steps])
     ]
     common = (model, texts, batch_size, learning_rate, device)
     if loop == "P0":
         return lambda: peers.train_published(*common)
     if loop == "P4":
         return lambda: peers.train_with_graphs(*common, clock)
-    listener = on_batch if settings.get("group_by_length") else None
-    return lambda: peers.train_with_trainer(*common, **settings, on_batch=listener)
+    return lambda: peers.train_with_trainer(
+        *common,
+        bf16=settings["bf16"],
+        tuned=settings.get("tuned", False),
+        group_by_length=settings.get("group_by_length", False),
+        compiled_by=job.get("compiled_by", "inductor") if settings.get("compiled") else None,
+        on_loss=clock.tick,
+        on_batch=on_batch if settings.get("group_by_length") else None,
+    )
+
+
+def compile_layers(backend: str) -> None:
+    """Put every layer of our encoder under torch.compile, in this process.
+
+    Attention stays out of it: its shapes depend on how the texts of a batch fit together, and each
+    new coincidence among them (a batch without filler tokens, one with two texts to a strip)
+    is compiled anew for many seconds. So do the random bits of dropout: dynamo has no
+    `Tensor.random_` with a generator, and inductor fails on the view of them as 16-bit numbers.
+    """
+    from twostage.kernels import dropout
+    from twostage.model import bert
+
+    for module, name in (
+        (dropout, "_random_lanes"),
+        (bert, "packed_attention"),
+        (bert, "first_token_attention"),
+    ):
+        setattr(module, name, torch.compiler.disable(getattr(module, name)))
+    forward = torch.compile(bert.BertLayer.forward, dynamic=True, backend=backend)
+    setattr(bert.BertLayer, "forward", forward)  # noqa: B010
 
 
 def make_profiler(device: torch.device) -> torch.profiler.profile:
@@ -282,24 +440,30 @@ def describe(record: dict[str, Any]) -> str:
     """The tables of all cases so far, and the profiles, in Markdown."""
     limits = record["limits"]
     rows = [row for row in record["rows"] if not row.get("profile")]
-    reference = {
-        (row["stage"], row["batch_size"]): row["examples_per_second"]
+    speeds = {
+        (row["run"], row["stage"], row["batch_size"]): row["examples_per_second"]
         for row in rows
-        if row["run"] == "P1 bf16" and "error" not in row
+        if "error" not in row
     }
+    header = ["run", "stage", "batch", "examples/s", "× P0", "× P1 bf16", "real tokens/s"]
+    header += ["step ms, p50 (p20-p80)", "of matmul", "of copy", "memory MiB", "warm-up s"]
+    header += ["mean loss"]
     lines = []
     for row in rows:
-        head = [row["run"], row["stage"], row["batch_size"]]
+        case = (row["stage"], row["batch_size"])
+        head = [row["run"], *case]
         if "error" in row:
-            lines.append([*head, f"failed: {row['error']}", *[""] * 8])
+            blank = [""] * (len(header) - len(head) - 1)
+            lines.append([*head, f"failed: {row['error']}", *blank])
             continue
-        p1 = reference.get((row["stage"], row["batch_size"]))
+        speed = row["examples_per_second"]
         p20, p50, p80 = row["step_ms_p20_p50_p80"]
         lines.append(
             [
                 *head,
-                f"{row['examples_per_second']:.1f}",
-                f"{row['examples_per_second'] / p1:.2f}" if p1 else "",
+                f"{speed:.1f}",
+                ratio(speed, speeds.get(("P0 fp32", *case))),
+                ratio(speed, speeds.get(("P1 bf16", *case))),
                 f"{row['tokens_per_second']:.0f}",
                 f"{p50:.1f} ({p20:.1f}-{p80:.1f})",
                 share(row["needed_flops_per_second"], limits.get("matmul_bf16_flops")),
@@ -309,15 +473,6 @@ def describe(record: dict[str, Any]) -> str:
                 f"{row['mean_loss']:.4f}",
             ]
         )
-    header = ["run", "stage", "batch", "examples/s", "× P1 bf16", "real tokens/s"]
-    header += [
-        "step ms, p50 (p20-p80)",
-        "of matmul",
-        "of copy",
-        "memory MiB",
-        "warm-up s",
-        "mean loss",
-    ]
     machine = record["machine"]
     parts = [
         f"{machine['device']}, {machine['threads']} threads, torch {record['versions']['torch']}, "
@@ -325,8 +480,34 @@ def describe(record: dict[str, Any]) -> str:
         f"Limits measured in this run: {describe_limits(limits)}.",
         markdown_table(header, lines),
     ]
+    batch_sizes = dict.fromkeys(row["batch_size"] for row in rows)
+    parts += filter(None, (describe_both_stages(speeds, size) for size in batch_sizes))
     parts += [describe_profile(row) for row in record["rows"] if row.get("profile")]
     return "\n\n".join(parts)
+
+
+def describe_both_stages(speeds: dict[tuple[str, int, int], float], batch_size: int) -> str:
+    """Time to train an example in stage 1 and then in stage 2; empty where one is missing.
+
+    speeds: examples a second by (run, stage, batch size).
+    """
+    seconds = {
+        run: sum(1 / speeds[run, stage, batch_size] for stage in (1, 2))
+        for run in ("ours bf16", "P1 bf16", "P0 fp32")
+        if all((run, stage, batch_size) in speeds for stage in (1, 2))
+    }
+    ours = seconds.pop("ours bf16", None)
+    if ours is None or not seconds:
+        return ""
+    rivals = [f"{run} {1e3 * s:.3g} ms ({s / ours:.2f} ×)" for run, s in seconds.items()]
+    return (
+        f"Both stages at batch {batch_size}, an example in each: ours bf16 {1e3 * ours:.3g} ms, "
+        f"{', '.join(rivals)}."
+    )
+
+
+def ratio(speed: float, reference: float | None) -> str:
+    return f"{speed / reference:.2f}" if reference else ""
 
 
 def describe_limits(limits: dict[str, Any]) -> str:

@@ -5,6 +5,9 @@
 token frequencies are those of the snippets, from `snippet_histogram.json`; it needs no network.
 `tiny`: two small layers on such texts, to rehearse.
 
+All texts are there in every case, however few of them are timed: how many different words a data
+set has decides how much of the embedding table there is to train.
+
 The histogram was made by `python benchmarks/workload.py --data demo`.
 
 Shapes: N texts, D hidden, I intermediate, L layers, T real tokens and B texts of a batch.
@@ -33,6 +36,8 @@ SHAPES = {
     "tiny": BertConfig(2_000, 64, 2, 2, 128),
 }
 MODELS = ("minilm", *SHAPES)
+NUM_RANDOM_TEXTS = {"bert-base": 8_000, "tiny": 240}
+"""About as many as the demo has, and few."""
 TAIL_RATE = 0.2
 """Texts of the tail class for each text of the other."""
 CLS, SEP = 101, 102
@@ -47,21 +52,32 @@ class Workload:
     """N texts of two classes; the first is the tail."""
 
 
-def make_workload(model: str, num_texts: int, folder: Path, dropout: float) -> Workload:
-    """model: one of MODELS. folder: the demo's, for `minilm`. dropout: everywhere."""
+def make_workload(model: str, min_texts: int, folder: Path, dropout: float) -> Workload:
+    """The whole data set, as often as it takes to have at least `min_texts` texts.
+
+    model: one of MODELS. folder: the demo's, for `minilm`. dropout: everywhere.
+    """
     if model == "minilm":
         texts, labels = downsample(read_table(folder / "train.tsv"), TAIL_RATE)
-        repeats = -(-num_texts // len(texts))
-        store = tokenize(load_tokenizer(folder / "model"), (texts * repeats)[:num_texts], 128)
-        data = StageData(store, np.array((labels * repeats)[:num_texts]))
+        store = tokenize(load_tokenizer(folder / "model"), texts, 128)
+        data = StageData(store, np.array(labels))
         checkpoint = load_checkpoint(folder / "model")
     else:
         checkpoint = random_checkpoint(SHAPES[model])
-        data = random_texts(num_texts, checkpoint.config.vocab_size)
+        data = random_texts(NUM_RANDOM_TEXTS[model], checkpoint.config.vocab_size)
+    data = repeat(data, -(-min_texts // len(data)))
     config = replace(
         checkpoint.config, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
     )
     return Workload(replace(checkpoint, config=config), data)
+
+
+def repeat(data: StageData, times: int) -> StageData:
+    """All texts `times` times, one round after the other."""
+    lengths = data.store.lengths.repeat(times)
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    store = TokenStore(data.store.ids.repeat(times), offsets)
+    return StageData(store, np.tile(data.labels_N, times))
 
 
 def random_checkpoint(config: BertConfig) -> Checkpoint:
@@ -125,15 +141,15 @@ def needed_flops(config: BertConfig, lengths_B: np.ndarray, stage: int) -> float
 def needed_bytes(config: BertConfig, stage: int) -> float:
     """Bytes that a step of fp32 AdamW with bf16 weights must move, however small its batch.
 
-    bf16 weights are read in forward (2) and, where trained, in backward (2); gradients are written
-    (2); AdamW reads weight, gradient and both moments and writes all but the gradient (28). The
-    word embeddings, of which a step needs few rows, count nothing.
+    The weights that are trained are read in forward and in backward in bf16 (2 + 2), and their
+    gradients written (2); AdamW reads weight, gradient and both moments and writes all but the
+    gradient (28). The word embeddings, of which a step needs few rows, count nothing; nor do frozen
+    weights, which one reading can serve for many steps.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
     layer = 4 * hidden**2 + 2 * hidden * inner
     trained = hidden**2 + layer * (1 if stage == 1 else config.num_hidden_layers)
-    frozen = layer * (config.num_hidden_layers - 1) if stage == 1 else 0
-    return trained * (2 + 2 + 2 + 28) + frozen * 2
+    return trained * (2 + 2 + 2 + 28)
 
 
 def write_histogram(folder: Path) -> None:

@@ -1,5 +1,7 @@
 """Our packed encoder against transformers' padded one."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -263,3 +265,14 @@ def test_the_name_table_covers_every_parameter_once(tiny_checkpoint: Checkpoint)
     ours = [name for name, _ in tensor_names(3)]
     assert sorted(ours) == sorted(name for name, _ in model.named_parameters())
     assert isinstance(model.config, BertConfig)
+
+
+def test_building_a_model_does_not_load_torchs_compiler(tiny: Path) -> None:
+    code = (
+        "import sys, torch\n"
+        "from twostage.model.checkpoint import build_model, load_checkpoint\n"
+        f"build_model(load_checkpoint({str(tiny)!r}), 2, torch.Generator())\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert out.stdout.strip() == b"False"

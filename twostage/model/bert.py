@@ -107,9 +107,9 @@ class BertEmbeddings(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.word = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.position = nn.Embedding(config.max_position_embeddings, config.hidden_size)
-        self.token_type = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.word = _empty_table(config.vocab_size, config.hidden_size)
+        self.position = _empty_table(config.max_position_embeddings, config.hidden_size)
+        self.token_type = _empty_table(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout_p = config.hidden_dropout_prob
 
@@ -125,6 +125,16 @@ class BertEmbeddings(nn.Module):
         embedded_TD = self.word(input_ids_T) + self.position(position_ids_T)
         normed_TD: Tensor = self.norm(embedded_TD + self.token_type.weight[0])
         return dropout(normed_TD.to(dtype), self.dropout_p, generator)
+
+
+def _empty_table(rows: int, width: int) -> nn.Embedding:
+    """Zeros, which a checkpoint's rows replace.
+
+    nn.Embedding's own start is random, and where `assemble_classifier` makes models, on the meta
+    device, drawing it loads torch's compiler: most of a second and 80 MiB for nothing.
+    """
+    table: nn.Embedding = nn.Embedding.from_pretrained(torch.zeros(rows, width), freeze=False)
+    return table
 
 
 class BertLayer(nn.Module):
