@@ -209,6 +209,10 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         keep_freed_memory()
         if RUNS[job["run"]][1].get("compiled"):
             compile_layers(job.get("compiled_by", "inductor"))
+    else:
+        import peers  # before memory is looked at: nobody's imports count
+
+        _ = peers.transformers.Trainer
     if job["stage"] == 1 and case.is_ours:
         return time_whole_stage(case)
     return time_steps(case)
@@ -398,7 +402,7 @@ def compile_layers(backend: str) -> None:
     ):
         setattr(module, name, torch.compiler.disable(getattr(module, name)))
     forward = torch.compile(bert.BertLayer.forward, dynamic=True, backend=backend)
-    setattr(bert.BertLayer, "forward", forward)  # noqa: B010
+    bert.BertLayer.forward = forward  # type: ignore[method-assign]
 
 
 def make_profiler(device: torch.device) -> torch.profiler.profile:

@@ -5,7 +5,9 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from time import sleep
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +16,9 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from twostage.model.checkpoint import build_model
+from twostage.training import stage as stage_module
+from twostage.training import trunk as trunk_module
+from twostage.training.trunk import compute_features
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -34,42 +39,138 @@ def workload(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return workload
 
 
+def make_job(train_throughput: ModuleType, run: str, stage: int, **settings: Any) -> dict[str, Any]:
+    """20 steps of 4 texts on the clock, after 2 that are not."""
+    common = {"model": "tiny", "data": "", "device": "cpu", "warmup": 2}
+    (job,) = train_throughput.make_jobs((run,), (stage,), (4,), 80, **common)
+    return job | {"warmup": 2} | settings
+
+
 @pytest.mark.parametrize("stage", [1, 2])
 def test_without_dropout_every_rival_has_our_losses(
     train_throughput: ModuleType, stage: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """At a learning rate at which a rival that learnt otherwise, or not at all, would differ."""
 
-    def mean_loss(run: str, learning_rate: float) -> float:
-        (job,) = train_throughput.make_jobs(
-            (run,), (stage,), (4,), 80, model="tiny", data="", device="cpu", warmup=2, dropout=0.0
-        )
-        result = train_throughput.run_job(job | {"learning_rate": learning_rate})
-        return float(result["mean_loss"])
+    def job(run: str, learning_rate: float = 1e-3) -> dict[str, Any]:
+        # "aot_eager" is all of torch.compile but its code generator, which takes over a minute.
+        settings = {"dropout": 0.0, "learning_rate": learning_rate, "compiled_by": "aot_eager"}
+        return make_job(train_throughput, run, stage, **settings)
 
-    ours, untrained = mean_loss("ours fp32", 1e-3), mean_loss("ours fp32", 0.0)
-    runs = [name for name, (_, s) in train_throughput.RUNS.items() if not s.get("group_by_length")]
-    assert len(runs) == 7
-    for run in runs:
+    ours = train_throughput.run_job(job("ours fp32"))["mean_loss"]
+    untrained = train_throughput.run_job(job("ours fp32", 0.0))["mean_loss"]
+    runs = {name: s for name, (_, s) in train_throughput.RUNS.items() if "group_by_length" not in s}
+    assert len(runs) == 9
+    for run, settings in runs.items():
         tolerance = 1e-4 if "fp32" in run else 5e-3
         assert abs(ours - untrained) > 4 * tolerance * ours
-        assert mean_loss(run, 1e-3) == pytest.approx(ours, rel=tolerance), run
+        if settings.get("compiled"):  # leaves traces in its process
+            ((result,),) = train_throughput.run_jobs([job(run)])
+        else:
+            result = train_throughput.run_job(job(run))
+        assert result.get("mean_loss") == pytest.approx(ours, rel=tolerance), (run, result)
+
+
+def test_ours_has_the_whole_data_sets_words_to_train(
+    train_throughput: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not those alone that occur in the steps on the clock."""
+    used = []
+
+    class WorkingCopy(stage_module.WorkingCopy):
+        def __init__(self, model: Any, dtype: torch.dtype, used_tokens_V: Any = None) -> None:
+            used.append(used_tokens_V.tolist())
+            super().__init__(model, dtype, used_tokens_V)
+
+    monkeypatch.setattr(stage_module, "WorkingCopy", WorkingCopy)
+    job = make_job(train_throughput, "ours bf16", 2)
+    train_throughput.run_job(job)
+    case = train_throughput.make_case(job, torch.device("cpu"))
+    store = case.workload.data.store
+    assert used == [store.ids.unique().tolist()]
+    timed = [
+        store.ids[store.offsets[i] : store.offsets[i + 1]] for b in case.batches[:23] for i in b
+    ]
+    assert len(torch.cat(timed).unique()) < 0.8 * len(used[0])
+
+
+def test_the_time_of_stage_1_includes_the_frozen_layers(
+    train_throughput: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All windows of the epoch, those of the warm-up not counted."""
+    windows: list[int] = []
+
+    def compute_slowly(*arguments: Any) -> Any:
+        windows.append(len(arguments[2]))
+        sleep(0.2)
+        return compute_features(*arguments)
+
+    monkeypatch.setattr(trunk_module, "WINDOW_TOKENS", 2_000)
+    monkeypatch.setattr(trunk_module, "compute_features", compute_slowly)
+    result = train_throughput.run_job(make_job(train_throughput, "ours bf16", 1))
+    num_texts = len(train_throughput.make_workload("tiny", 1, Path(), 0.1).data)
+    assert result["texts_timed"] == sum(windows[1:]) == num_texts
+    assert len(windows[1:]) > 2
+    seconds = num_texts / result["examples_per_second"]
+    assert seconds > 0.2 * len(windows[1:])
+    assert result["warmup_seconds"] >= 0.2
+    assert result["step_ms_p20_p50_p80"][1] < 200  # a step in which no window is computed
+
+
+def test_ours_keeps_freed_memory_as_the_command_line_does(
+    train_throughput: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+    monkeypatch.setattr(train_throughput, "keep_freed_memory", lambda: calls.append(1))
+    train_throughput.run_job(make_job(train_throughput, "P0 fp32", 2))
+    assert not calls
+    train_throughput.run_job(make_job(train_throughput, "ours bf16", 2))
+    assert calls
+
+
+def test_texts_repeat_when_a_case_needs_more_than_there_are(workload: ModuleType) -> None:
+    once = workload.make_workload("tiny", 1, Path(), 0.1).data
+    data = workload.make_workload("tiny", len(once) + 1, Path(), 0.1).data
+    assert len(data) == 2 * len(once)
+    assert torch.equal(data.store.ids, torch.cat([once.store.ids] * 2))
+    assert torch.equal(data.store.lengths, torch.cat([once.store.lengths] * 2))
+    assert data.labels_N.tolist() == [*once.labels_N, *once.labels_N]
+
+
+def test_both_stages_together_are_the_sum_of_their_times(train_throughput: ModuleType) -> None:
+    speeds = {("ours bf16", 1, 16): 100.0, ("ours bf16", 2, 16): 25.0, ("P0 fp32", 1, 16): 10.0}
+    assert train_throughput.describe_both_stages(speeds, 16) == ""
+    speeds["P0 fp32", 2, 16] = 2.5
+    assert train_throughput.describe_both_stages(speeds, 16) == (
+        "Both stages at batch 16, an example in each: ours bf16 50 ms, P0 fp32 500 ms (10.00 ×)."
+    )
+    assert train_throughput.describe_both_stages(speeds, 64) == ""
+
+
+def test_a_profile_is_printed_and_nothing_written(tmp_path: Path) -> None:
+    command = [sys.executable, str(BENCHMARKS / "train_throughput.py"), "--profile"]
+    command += ["--model", "tiny", "--device", "cpu", "--output", str(tmp_path / "results")]
+    finished = subprocess.run(
+        [*command, "--batch-sizes", "4"], capture_output=True, text=True, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    for stage in (2, 1):
+        assert f"Where a step goes: ours bf16, stage {stage}, batch 4\n" in finished.stdout
+    assert "failed" not in finished.stdout
+    assert "| `aten::" in finished.stdout
+    assert not (tmp_path / "results").exists()
 
 
 def test_batches_grouped_by_length_are_counted_as_they_are(
     train_throughput: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (job,) = train_throughput.make_jobs(
-        ("P2 bf16, by length",), (2,), (4,), 40, model="tiny", data="", device="cpu", warmup=1
-    )
-    result = train_throughput.run_job(job)
-    (other,) = train_throughput.make_jobs(
-        ("P2 bf16",), (2,), (4,), 40, model="tiny", data="", device="cpu", warmup=1
-    )
+    result = train_throughput.run_job(make_job(train_throughput, "P2 bf16, by length", 2))
+    job = make_job(train_throughput, "P2 bf16", 2)
+    plain = train_throughput.run_job(job)
     mean = result["tokens_per_second"] / result["examples_per_second"]
-    plain = train_throughput.run_job(other)
-    texts = train_throughput.make_workload("tiny", 48, Path(), 0.1).data.store.lengths
-    assert mean == pytest.approx(float(texts.float().mean()))
+    case = train_throughput.make_case(job, torch.device("cpu"))
+    lengths = case.lengths(np.concatenate(case.batches[:23]))  # 2 + 20 steps and a last tick
+    assert mean == pytest.approx(float(lengths.mean()))
     assert plain["tokens_per_second"] / plain["examples_per_second"] != pytest.approx(mean)
 
 
@@ -85,7 +186,7 @@ def test_the_graphs_of_p4_train_as_its_single_steps_do(
     store = work.data.store
     texts = [
         {"input_ids": store.ids[store.offsets[i] : store.offsets[i + 1]], "labels": int(label)}
-        for i, label in enumerate(work.data.labels_N)
+        for i, label in enumerate(work.data.labels_N[:96])
     ]
     lengths = {peers.pad_to_bucket(texts[i : i + 4])["input_ids"].shape[1] for i in range(0, 96, 4)}
     assert len(lengths) > 2
@@ -162,11 +263,12 @@ def test_the_gpu_suite_rehearses_on_a_cpu(tmp_path: Path) -> None:
     (json_path,) = tmp_path.glob("gpu_suite-rehearsal-*.json")
     record = json.loads(json_path.read_text())
     assert record["tests"]["exit_code"] == 0
-    assert {(row["run"], row["stage"]) for row in record["rows"]} == {
+    expected = {
         (run, stage)
         for run in ("ours bf16", "P0 fp32", "P1 bf16", "P2 bf16", "P4 bf16")
         for stage in (1, 2)
     }
+    assert {(row["run"], row["stage"]) for row in record["rows"]} == expected | {("P3 bf16", 2)}
     assert all(row["examples_per_second"] > 0 for row in record["rows"])
     (profiled,) = [row for row in record["rows"] if row.get("profile")]
     assert sum(entry["share"] for entry in profiled["profile"]) > 0.5
