@@ -18,9 +18,11 @@ from the call of `train_stage` on a fresh model to its return, after a run on an
 warms up. A rival gets the texts of the first steps of that epoch, and is timed step by step in both
 stages. `mean loss` is over the same steps for all.
 
-The first steps under torch.compile are those that compile: they are given more warm-up (`WARM_UP`),
-so their texts on the clock come a few steps later. `ours bf16, compiled` is an experiment, not
-something that the package does: its layers under torch.compile, all but the attention.
+Under torch.compile the first steps are those that compile. They get more warm-up (`WARM_UP`), so
+the steps on the clock, and those of the mean loss, come a few later. A shape that compiles anew
+after that is on the clock, and memory includes the compiler's. `ours bf16, compiled` is an
+experiment, not something that the package does: its layers under torch.compile, all but the
+attention.
 
 Two limits are measured in the same run. `matmul`: the share of the machine's bf16 matrix rate that
 the least work of the recipe would take (`needed_flops` in `workload.py`: real tokens, nothing that

@@ -1,5 +1,6 @@
 """The working copy and its masters."""
 
+import weakref
 from contextlib import suppress
 
 import pytest
@@ -103,6 +104,14 @@ def test_with_fewer_tokens_the_copy_computes_the_same_and_its_rows_return_when_i
     assert torch.equal(after[used], before[used] + 1.0)
     others = torch.ones(101, dtype=torch.bool).index_fill_(0, used, False)
     assert torch.equal(after[others], before[others])
+
+
+def test_a_copy_that_was_left_is_freed_at_once(model: BertClassifier) -> None:
+    with WorkingCopy(model, torch.bfloat16) as work:
+        run(work.model).float().sum().backward()
+        gone = weakref.ref(work)
+    del work
+    assert gone() is None, "no circle of references waits for the garbage collector"
 
 
 def test_updates_below_bf16_resolution_add_up_in_the_masters(model: BertClassifier) -> None:

@@ -89,15 +89,18 @@ class WorkingCopy:
         self._gradients_P = torch.zeros(sum(sizes), device=model.device)
         for master, gradient_P in zip(self.masters, self._gradients_P.split(sizes), strict=True):
             master.grad = gradient_P.view_as(master)
-        for master, twin in trained:
+        self._hooks = [
             twin.register_post_accumulate_grad_hook(partial(self._collect, master))
+            for master, twin in trained
+        ]
         self._arrived = 0
 
     def __enter__(self) -> "WorkingCopy":
         return self
 
     def __exit__(self, *_: object) -> None:
-        for master in self.masters:
+        for hook, master in zip(self._hooks, self.masters, strict=True):
+            hook.remove()  # it refers to this object, which else would live on in a circle
             master.grad = None
         if self._used_tokens_V is not None:
             with torch.no_grad():
