@@ -21,8 +21,7 @@ stages. `mean loss` is over the same steps for all.
 Under torch.compile the first steps are those that compile. They get more warm-up (`WARM_UP`), so
 the steps on the clock, and those of the mean loss, come a few later. A shape that compiles anew
 after that is on the clock, and memory includes the compiler's. `ours bf16, compiled` is an
-experiment, not something that the package does: its layers under torch.compile, all but the
-attention.
+experiment, not something that the package does: its layers under torch.compile, all but attention.
 
 Two limits are measured in the same run. `matmul`: the share of the machine's bf16 matrix rate that
 the least work of the recipe would take (`needed_flops` in `workload.py`: real tokens, nothing that

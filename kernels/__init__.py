@@ -1,5 +1,5 @@
 """The operations at the bottom of the model, one file each. Installed as `twostage.kernels`.
 
-A fused form stands beside its plain-PyTorch reference; attention and dropout have only the plain
-form so far. Imports torch alone.
+Each states its formula and its gradient, and a reference that leaves the gradient to autograd
+stands beside what is written out. Imports torch alone.
 """
