@@ -1,4 +1,4 @@
-"""What does each saving give? Training as it is, and with one saving at a time taken out.
+"""What does each saving give? An ablation: training as it is, and without one saving at a time.
 
     python benchmarks/savings.py --data demo
 
@@ -27,8 +27,14 @@ from twostage.model import bert
 from twostage.training import stage
 
 
+def put(module: object, name: str, stand_in: object) -> None:
+    """Replace what is there; a name that is gone would take nothing out."""
+    assert hasattr(module, name), f"{module} has no {name}"
+    setattr(module, name, stand_in)
+
+
 def keep_the_whole_vocabulary() -> None:
-    stage.renumber_tokens = lambda store: (store, None)  # type: ignore[assignment, return-value]
+    put(stage, "renumber_tokens", lambda store: (store, None))
 
 
 def compute_the_whole_last_layer() -> None:
@@ -36,18 +42,18 @@ def compute_the_whole_last_layer() -> None:
         self: bert.Bert,
         hidden_TD: Tensor,
         layout: attention.PackedLayout,
-        num_layers: int,
+        first_layer: int,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        for layer in list(self.layers)[num_layers:]:
+        for layer in list(self.layers)[first_layer:]:
             hidden_TD = layer(hidden_TD, layout, generator)
         return torch.tanh(self.pooler(hidden_TD[layout.first_tokens_B]))
 
-    bert.Bert.pool = pool  # type: ignore[method-assign]
+    put(bert.Bert, "pool", pool)
 
 
 def run_the_trunk_at_every_step() -> None:
-    stage.count_frozen_layers = lambda model: 0
+    put(stage, "count_frozen_layers", lambda model: 0)
 
 
 def give_each_text_a_strip() -> None:
@@ -56,15 +62,15 @@ def give_each_text_a_strip() -> None:
         length = attention._round_up(int(lengths_B.max()))
         return strips_B, torch.zeros_like(strips_B), length, 1
 
-    attention._place_in_strips = place
+    put(attention, "_place_in_strips", place)
 
 
 def leave_the_attentions_backward_to_autograd() -> None:
-    attention.attend = attention.reference_attend
+    put(attention, "attend", attention.reference_attend)
 
 
 def leave_the_norms_backward_to_autograd() -> None:
-    bert.dropout_residual_norm = residual_norm.reference_dropout_residual_norm
+    put(bert, "dropout_residual_norm", residual_norm.reference_dropout_residual_norm)
 
 
 def make_masks_over_bool() -> None:
@@ -76,7 +82,7 @@ def make_masks_over_bool() -> None:
         return kept.to(dtype), 1.0 / (1.0 - drop_below / 65_536)
 
     for module in (dropout, attention, residual_norm):
-        module.dropout_mask = mask
+        put(module, "dropout_mask", mask)
 
 
 def draw_masks_by_bernoulli() -> None:
@@ -87,17 +93,18 @@ def draw_masks_by_bernoulli() -> None:
         return kept.bernoulli_(1.0 - p, generator=generator), 1.0 / (1.0 - p)
 
     for module in (dropout, attention, residual_norm):
-        module.dropout_mask = mask
+        put(module, "dropout_mask", mask)
 
 
 def leave_token_counts_as_they_are() -> None:
     assert pack.__kwdefaults__ is not None
+    assert "round_to" in pack.__kwdefaults__
     pack.__kwdefaults__["round_to"] = 1
-    attention.ROUND_LENGTH_TO = 1
+    put(attention, "ROUND_LENGTH_TO", 1)
 
 
 def return_freed_memory() -> None:
-    train_throughput.keep_freed_memory = lambda: None
+    put(train_throughput, "keep_freed_memory", lambda: None)
 
 
 SAVINGS: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {

@@ -7,7 +7,7 @@ and copy the contexts back.
 
 Padding in the block costs quadratically, so a strip of it holds one text or, where that makes the
 block smaller, two: the longest with the shortest, the second longest with the second shortest and
-so on. Lengths like 60, 31, 28, 12 need 4·60² scores one to a strip, and 2·72² in pairs.
+so on. Lengths like 60, 31, 28, 12 need 4·64² scores one to a strip, and 2·72² in pairs.
 
     A = Q Kᵀ / √K + mask        P = softmax(A)        P' = P ⊙ kept / (1 − p)        C = P' V
 
@@ -56,7 +56,7 @@ class PackedLayout:
     sequences_SW: Tensor
     """[S·W] int64, the way back: the sequence in each place; 0 where a strip has room left."""
     mask_S1WL: Tensor
-    """The rows of `mask_S1LL` that belong to first tokens."""
+    """[S, 1, W, L] fp32: the rows of `mask_S1LL` that belong to first tokens."""
 
 
 def packed_layout(cu_seqlens: Tensor) -> PackedLayout:
@@ -175,7 +175,7 @@ def attend(
     dropout_p: float = 0.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """The product on padded blocks, [B, H, M, K]; `mask_S1ML` is added to the scores."""
+    """The product on padded blocks, [S, H, M, K]; `mask_S1ML` is added to the scores."""
     context_SHMK: Tensor = _Attend.apply(
         query_SHMK, key_SHLK, value_SHLK, mask_S1ML, dropout_p, generator
     )
@@ -222,7 +222,7 @@ class _Attend(torch.autograd.Function):
         context_SHMK = dropped_SHML @ value_SHLK
         ctx.save_for_backward(query_SHMK, key_SHLK, value_SHLK, probabilities_SHML, kept_SHML)
         ctx.scale, ctx.root = scale, root
-        return context_SHMK.mul_(scale)
+        return context_SHMK if kept_SHML is None else context_SHMK.mul_(scale)
 
     @staticmethod
     @once_differentiable

@@ -9,8 +9,9 @@ Backward. Layer norm's own gradient gives dh (Ba, Kiros & Hinton 2016); from it
 
 Written out, dropout and residual are one pass over memory instead of three, and of the
 intermediate tensors only h and the mask outlive the forward pass. The statistics of the norm are
-fp32, for bf16 input too: weight and bias come in fp32, and then torch's CPU kernel keeps mean and
-1/σ for backward in fp32 as well (with a bf16 weight it would round them to 8 bits).
+fp32, for bf16 input too. For torch's CPU kernel to keep mean and 1/σ for backward so, weight and
+bias must come in fp32 (with a bf16 weight it rounds them to 8 bits); its CUDA kernel keeps them in
+fp32 by itself, and wants all of one dtype.
 
 Shapes: T rows, D features.
 """
@@ -36,12 +37,9 @@ def dropout_residual_norm(
 ) -> Tensor:
     """LayerNorm(residual + dropout(x)), [T, D], in x's dtype.
 
-    x_TD, residual_TD: of one dtype. weight_D, bias_D: fp32, or x's dtype. generator: on x's
-    device; None turns dropout off.
+    x_TD, residual_TD: of one dtype. weight_D, bias_D: fp32 on a CPU, x's dtype on a GPU.
+    generator: on x's device; None turns dropout off.
     """
-    if x_TD.is_cuda:
-        # torch's CUDA kernel wants one dtype, and keeps the statistics in fp32 whatever it is.
-        weight_D, bias_D = weight_D.to(x_TD.dtype), bias_D.to(x_TD.dtype)
     if generator is None or p == 0.0:
         return F.layer_norm(residual_TD + x_TD, weight_D.shape, weight_D, bias_D, eps)
     mask_TD, scale = dropout_mask(x_TD.shape, p, generator, x_TD.dtype)

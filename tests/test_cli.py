@@ -233,7 +233,9 @@ def test_every_flag_of_train_reaches_the_recipe(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("twostage.experiment.read_data", lambda *given: given)
     monkeypatch.setattr("twostage.assets.hub.find_model", find_model)
     monkeypatch.setattr("torch.set_num_threads", lambda n: seen.update(threads=n))
+    monkeypatch.setattr("twostage.memory.keep_freed_memory", lambda: seen.update(memory="kept"))
     assert main(["train", "-d", "D", "-o", "O"]) == 0
+    assert seen["memory"] == "kept"
     assert seen["recipe"] == Recipe()
     assert (seen["model"], seen["save_models"]) == (Path("found/bert-base-uncased"), False)
 

@@ -193,3 +193,35 @@ def test_the_table_has_the_median_round(time_to_result: ModuleType, count: int) 
     expected = {1: 7.0, 2: 7.0, 3: 8.0}[count]
     assert time_to_result.median_round(rows, "P0 fp32")["wall_seconds"] == expected
     assert time_to_result.median_round(rows, "P1 bf16") is None
+
+
+def test_without_any_one_saving_the_training_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without dropout: what stands in for it is called, and leaves the losses as they are."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import savings
+
+    jobs = savings.plan("tiny", "", [4], 24)
+    assert {job["without"] for job in jobs} == {None, *savings.SAVINGS}
+    code = (
+        "import sys, json, savings\n"
+        "for job in json.loads(sys.argv[1]):\n"
+        "    if job['without'] is not None: savings.SAVINGS[job['without']][0]()\n"
+        "    print(savings.run_job(job)['mean_loss'])"
+    )
+
+    def losses(names: list[str | None], stage: int) -> list[float]:
+        chosen = [
+            job | {"dropout": 0.0, "warmup": 1}
+            for name in names
+            for job in jobs
+            if (job["without"], job["stage"]) == (name, stage)
+        ]
+        command = [sys.executable, "-c", code, json.dumps(chosen)]
+        out = subprocess.run(command, capture_output=True, check=True, cwd=BENCHMARKS)
+        return [float(line) for line in out.stdout.split()]
+
+    for stage in (1, 2):
+        names = [None, *(n for n, (_, stages) in savings.SAVINGS.items() if stage in stages)]
+        seen = losses(names, stage)  # each without all of those before it, too
+        assert len(seen) == len(names)
+        assert seen == pytest.approx([seen[0]] * len(seen), rel=2e-3)

@@ -28,7 +28,7 @@ ORDER = [
     "model|data",
     "kernels",
 ]
-SIDE_LAYERS = {"assets": {"cli", "demo"}, "memory": {"cli", "demo"}}
+SIDE_LAYERS = {"assets": {"cli", "demo"}, "memory": {"cli"}}
 SHARED = {"errors", "files", "progress"}
 
 
@@ -129,5 +129,6 @@ def test_import_twostage_loads_nothing_heavy_and_the_parts_load_without_each_oth
 def test_the_part_that_people_come_to_read_stays_short() -> None:
     read = [PACKAGE / "two_stage.py", *(PACKAGE / "model").glob("*.py")]
     read += (PACKAGE / "training").glob("*.py")
+    # Blank lines do not count: what is spread out is not longer to read.
     lines = [line for path in read for line in path.read_text(encoding="utf-8").splitlines()]
     assert sum(bool(line.strip()) for line in lines) < 1_500

@@ -268,12 +268,15 @@ def test_the_trunk_is_cached_once_for_all_seeds_and_epochs_and_without_dropout(
 
     def spy(*arguments: object) -> trunk.Features:
         computed.append(len(arguments[2]))  # type: ignore[arg-type]
+        assert (len(arguments) == 4) == cached_now, "a fifth is dropout's generator"
         return original(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(trunk, "compute_features", spy)
     recipe = replace(RECIPE, epochs_stage_1=3, learning_rate_stage_1=1e-2)
+    cached_now = True
     cached = run(tiny, replace(recipe, cache_trunk=True))
     assert computed == [5]
+    cached_now = False
     recomputed = run(tiny, recipe)
     assert computed == [5] + [5] * 6  # two seeds of three epochs
     for one, other in zip(cached.seeds, recomputed.seeds, strict=True):

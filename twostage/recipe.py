@@ -57,7 +57,8 @@ class Recipe:
     the learning rate is then 0 for the rest of the stage."""
     cache_trunk: bool = False
     """Compute the layers that are frozen in stage 1 once for all epochs and seeds, without dropout:
-    an approximation of the recipe, which draws new masks there too."""
+    an approximation of the recipe, which draws new masks there too. Nothing changes where no layer
+    but the last is frozen."""
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)

@@ -134,7 +134,7 @@ def train_one_seed(
     return model, SeedResult(seed, metrics, logits_NC, *np.diff(times).tolist())
 
 
-def cache_trunk(
+def compute_stage_1_features(
     checkpoint: Checkpoint, data: Datasets, recipe: Recipe, device: torch.device
 ) -> Features | None:
     """What stage 1 leaves frozen is the same for all seeds: compute its output once."""
@@ -205,7 +205,8 @@ def train_two_stage(
     train_data, test_data, *more = map(StageData, stores, labels)
     data = Datasets(train_data, more[0] if more else train_data, test_data, len(classes))
     if recipe.cache_trunk and recipe.has_stage_1:
-        data = replace(data, stage_1_features=cache_trunk(checkpoint, data, recipe, device))
+        features = compute_stage_1_features(checkpoint, data, recipe, device)
+        data = replace(data, stage_1_features=features)
 
     result = Result(classes, tuple(train_data.class_counts(len(classes))))
     for seed in recipe.seeds:

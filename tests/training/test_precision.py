@@ -52,7 +52,7 @@ def test_gradients_reach_the_masters_in_fp32_and_new_weights_the_copy(
 ) -> None:
     work = WorkingCopy(model, torch.bfloat16)
     run(work.model).float().square().sum().backward()
-    gradients_P = work.pull_gradients()
+    gradients_P = work.take_gradients()
     assert gradients_P.dtype == torch.float32
     assert torch.equal(gradients_P, torch.cat([p.grad.flatten() for p in model.parameters()]))
     with torch.no_grad():
@@ -77,10 +77,10 @@ def test_gradients_are_those_of_the_last_backward_alone(
     with WorkingCopy(model, dtype) as work:
         for batch in ids:
             work.model(batch, positions, cu_seqlens).float().square().sum().backward()
-            after_two = work.pull_gradients().clone()
+            after_two = work.take_gradients().clone()
     with WorkingCopy(model, dtype) as work:
         work.model(ids[1], positions, cu_seqlens).float().square().sum().backward()
-        assert torch.equal(after_two, work.pull_gradients())
+        assert torch.equal(after_two, work.take_gradients())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

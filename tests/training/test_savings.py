@@ -57,11 +57,18 @@ def loss_of(stage: int, data: StageData) -> Loss:
 
 
 def train_plainly(
-    model: BertClassifier, stage: int, data: StageData, *, autocast: bool = False
+    model: BertClassifier,
+    stage: int,
+    data: StageData,
+    *,
+    autocast: bool = False,
+    weight_decay: float = 0.0,
 ) -> list[float]:
     """The loss of each step."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=False, foreach=False)
+    optimizer = torch.optim.AdamW(
+        trained, lr=RATE, weight_decay=weight_decay, fused=False, foreach=False
+    )
     batches = [b for epoch in range(EPOCHS) for b in random_batches(50, BATCH, (7, stage), epoch)]
     losses = []
     for step, rows_B in enumerate(batches):
@@ -146,6 +153,22 @@ def test_the_rows_that_training_has_never_seen_stay_and_the_others_are_dense_tra
         assert not torch.equal(tables[-1], before)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     torch.testing.assert_close(*tables, rtol=1e-5, atol=1e-6)
+
+
+def test_weight_decay_reaches_the_rows_that_training_has_never_seen(
+    tiny_checkpoint: Checkpoint, data: StageData
+) -> None:
+    before = make_model(tiny_checkpoint, 2).bert.embeddings.word.weight.detach()[NEVER_USED]
+    ours_model, plain_model = (make_model(tiny_checkpoint, 2) for _ in range(2))
+    ours = train_ours(ours_model, 2, data, weight_decay=5.0)
+    plain = train_plainly(plain_model, 2, data, weight_decay=5.0)
+    assert ours == pytest.approx(plain, rel=1e-4, abs=1e-5)
+    decayed, expected = (
+        model.bert.embeddings.word.weight.detach()[NEVER_USED]
+        for model in (ours_model, plain_model)
+    )
+    torch.testing.assert_close(decayed, expected)
+    assert decayed.norm() < 0.95 * before.norm()
 
 
 def test_stage_1_does_not_keep_or_repeat_the_trunk(

@@ -11,6 +11,7 @@ from twostage.data.packing import TokenStore
 from twostage.errors import NonFiniteError
 from twostage.model.checkpoint import Checkpoint, build_model
 from twostage.training import stage as stage_module
+from twostage.training import trunk
 from twostage.training.losses import cross_entropy
 from twostage.training.stage import StageData, StageSettings, StepReport, train_stage
 from twostage.training.state import TrainingState
@@ -19,9 +20,11 @@ from twostage.two_stage import freeze_below_top
 SETTINGS = StageSettings(epochs=2, learning_rate=1e-3, batch_size=8)
 
 
-def make_state(checkpoint: Checkpoint) -> TrainingState:
+def make_state(checkpoint: Checkpoint, stage: int = 2) -> TrainingState:
     state = TrainingState(7, build_model(checkpoint, 2, torch.Generator().manual_seed(0)))
-    state.begin_stage(2)
+    if stage == 1:
+        freeze_below_top(state.model, 1)
+    state.begin_stage(stage)
     return state
 
 
@@ -47,16 +50,19 @@ class Stop(Exception):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sampler", ["random", "class-balanced", "token-budget"])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_a_stage_left_after_any_step_ends_bit_for_bit_like_one_that_was_not(
     tiny_checkpoint: Checkpoint,
     data: StageData,
     monkeypatch: pytest.MonkeyPatch,
     sampler: str,
+    stage: int,
     dtype: torch.dtype,
 ) -> None:
     monkeypatch.setattr(stage_module, "REPORT_EVERY", 1)
+    monkeypatch.setattr(trunk, "WINDOW_TOKENS", 200)  # two or three batches
     settings = replace(SETTINGS, sampler=sampler, dtype=dtype)
-    whole = make_state(tiny_checkpoint)
+    whole = make_state(tiny_checkpoint, stage)
     train_stage(whole, data, cross_entropy, settings)
     assert whole.step == 14 or sampler == "token-budget"
 
@@ -66,7 +72,7 @@ def test_a_stage_left_after_any_step_ends_bit_for_bit_like_one_that_was_not(
             if report.step == at:
                 raise Stop
 
-        state = make_state(tiny_checkpoint)
+        state = make_state(tiny_checkpoint, stage)
         with pytest.raises(Stop):
             train_stage(state, data, cross_entropy, settings, on_report=stop)
         assert state.step == last_step
@@ -145,11 +151,13 @@ def test_the_schedule_can_end_before_the_stage(
 
 
 @pytest.mark.parametrize("check_every", [1, 10])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_a_non_finite_loss_stops_before_the_weights_change_and_names_the_rows(
     tiny_checkpoint: Checkpoint,
     data: StageData,
     monkeypatch: pytest.MonkeyPatch,
     check_every: int,
+    stage: int,
 ) -> None:
     """check_every 10 is how a GPU runs: the step is undone on the device, the host looks later."""
     calls = 0
@@ -166,16 +174,17 @@ def test_a_non_finite_loss_stops_before_the_weights_change_and_names_the_rows(
         self.check_every = check_every
 
     monkeypatch.setattr(stage_module._Monitor, "__init__", patched)
-    state = make_state(tiny_checkpoint)
-    with pytest.raises(NonFiniteError, match="seed 7, stage 2, step 4: ") as caught:
+    monkeypatch.setattr(trunk, "WINDOW_TOKENS", 200)
+    state = make_state(tiny_checkpoint, stage)
+    with pytest.raises(NonFiniteError, match=f"seed 7, stage {stage}, step 4: ") as caught:
         train_stage(state, data, loss_function, SETTINGS)
     assert calls == (4 if check_every == 1 else 10)
 
-    rows = stage_module.epoch_batches("random", data.labels_N, np.zeros(50), 8, (7, 2), 0)[3]
+    rows = stage_module.epoch_batches("random", data.labels_N, np.zeros(50), 8, (7, stage), 0)[3]
     assert f"(rows {', '.join(map(str, rows))} of the stage's data" in str(caught.value)
 
     monkeypatch.setattr(stage_module, "REPORT_EVERY", 1)
-    expected = make_state(tiny_checkpoint)
+    expected = make_state(tiny_checkpoint, stage)
 
     def stop(report: StepReport) -> None:
         if report.step == 3:
@@ -188,8 +197,9 @@ def test_a_non_finite_loss_stops_before_the_weights_change_and_names_the_rows(
 
     assert (state.step, state.epoch, state.batch) == (3, 0, 3)
     monkeypatch.undo()
+    monkeypatch.setattr(trunk, "WINDOW_TOKENS", 200)
     train_stage(state, data, cross_entropy, SETTINGS)  # and can go on from there
-    whole = make_state(tiny_checkpoint)
+    whole = make_state(tiny_checkpoint, stage)
     train_stage(whole, data, cross_entropy, SETTINGS)
     for ours, uninterrupted in zip(weights(state), weights(whole), strict=True):
         assert torch.equal(ours, uninterrupted)

@@ -110,9 +110,9 @@ def _send_layout(layout: PackedLayout, device: torch.device) -> PackedLayout:
 
 
 def renumber_tokens(store: TokenStore) -> tuple[TokenStore, Tensor]:
-    """(the store with its tokens renumbered from 0, which they are).
+    """(the store with its tokens renumbered from 0, used_tokens_V: which they are).
 
-    Token i of the new store is token `used_tokens_V[i]` of the old one; `used_tokens_V` is sorted.
+    Token i of the new store is token `used_tokens_V[i]` of the old one, [V'] integer, ascending.
     """
     used_tokens_V, ids = torch.unique(store.ids, return_inverse=True)
     return TokenStore(ids.int(), store.offsets), used_tokens_V

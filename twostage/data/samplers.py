@@ -82,7 +82,7 @@ def token_budget_batches(
 
 
 def length_sorted_batches(lengths_N: np.ndarray, max_tokens: int) -> list[np.ndarray]:
-    """Each row once, longest first, in batches of at most `max_tokens` tokens: for evaluation.
+    """Each row once, longest first, in batches of at most `max_tokens` tokens: for forward alone.
 
     Longest first, so that the largest memory is asked for at once.
     """

@@ -11,7 +11,7 @@ beyond `cu_seqlens[-1]` are filler that nobody reads, whose gradient is exactly 
                                       cu_seqlens       0 5 8
 
 Of the last layer only the first token of each text is read, so only that is computed there
-(`BertLayer.forward`): exact, and a seventh of the work of a six-layer encoder.
+(`BertLayer.forward`): exact, and saves a seventh of the work of a six-layer encoder.
 
 Dropout is on exactly when a generator is passed: there is no train or eval mode to forget.
 Embedding tables and norms stay in fp32 when the rest is cast to bf16: gathering rows gains nothing
@@ -107,9 +107,9 @@ class BertEmbeddings(nn.Module):
 
     def __init__(self, config: BertConfig) -> None:
         super().__init__()
-        self.word = _empty_table(config.vocab_size, config.hidden_size)
-        self.position = _empty_table(config.max_position_embeddings, config.hidden_size)
-        self.token_type = _empty_table(config.type_vocab_size, config.hidden_size)
+        self.word = _make_table(config.vocab_size, config.hidden_size)
+        self.position = _make_table(config.max_position_embeddings, config.hidden_size)
+        self.token_type = _make_table(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout_p = config.hidden_dropout_prob
 
@@ -127,13 +127,14 @@ class BertEmbeddings(nn.Module):
         return dropout(normed_TD.to(dtype), self.dropout_p, generator)
 
 
-def _empty_table(rows: int, width: int) -> nn.Embedding:
-    """Zeros, which a checkpoint's rows replace.
+def _make_table(rows: int, width: int) -> nn.Embedding:
+    """N(0, 0.02²) as BERT starts; nothing on the meta device, where models are assembled.
 
-    nn.Embedding's own start is random, and where `assemble_classifier` makes models, on the meta
-    device, drawing it loads torch's compiler: most of a second and 80 MiB for nothing.
+    nn.Embedding would draw there too, and that loads torch's compiler: most of a second and 80 MiB.
     """
     table: nn.Embedding = nn.Embedding.from_pretrained(torch.zeros(rows, width), freeze=False)
+    if not table.weight.is_meta:
+        nn.init.normal_(table.weight, std=0.02)
     return table
 
 
@@ -232,15 +233,15 @@ class Bert(nn.Module):
         self,
         hidden_TD: Tensor,
         layout: PackedLayout,
-        num_layers: int,
+        first_layer: int,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """The layers above the first `num_layers`, then tanh(W · first token), [B, D].
+        """The layers from `first_layer` on, then tanh(W · first token), [B, D].
 
-        hidden_TD: from `forward` with the same `num_layers`, which leaves at least the last layer.
+        hidden_TD: from `forward` with as many `num_layers`, which leaves at least the last layer.
         Of that only the first token of each sequence is read, so only that is computed.
         """
-        *middle, last = list(self.layers)[num_layers:]
+        *middle, last = list(self.layers)[first_layer:]
         for layer in middle:
             hidden_TD = layer(hidden_TD, layout, generator)
         first_BD = last(hidden_TD, layout, generator, first_tokens_only=True)
@@ -282,7 +283,8 @@ class BertClassifier(nn.Module):
         of real tokens. layout: `packed_layout(cu_seqlens)`, where it has been computed before; on
         a GPU computing it here waits for the device. generator: turns dropout on and feeds it.
         """
-        layout = layout or packed_layout(cu_seqlens)
+        if layout is None:
+            layout = packed_layout(cu_seqlens)
         below_last = len(self.bert.layers) - 1
         hidden_TD = self.bert(
             input_ids_T, position_ids_T, layout, num_layers=below_last, generator=generator
@@ -293,11 +295,11 @@ class BertClassifier(nn.Module):
         self,
         hidden_TD: Tensor,
         layout: PackedLayout,
-        num_layers: int,
+        first_layer: int,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """Logits, [B, C], from the hidden states after `num_layers` layers, [T, D]."""
-        pooled_BD = self.bert.pool(hidden_TD, layout, num_layers, generator)
+        """Logits, [B, C], from the hidden states that layer `first_layer` reads, [T, D]."""
+        pooled_BD = self.bert.pool(hidden_TD, layout, first_layer, generator)
         logits_BC: Tensor = self.classifier(pooled_BD)
         return logits_BC
 

@@ -16,7 +16,10 @@ def make_adamw(
     weight_decay: float = 0.0,
     previous: torch.optim.AdamW | None = None,
 ) -> torch.optim.AdamW:
-    """AdamW over fp32 parameters; it goes on from the moments of `previous`, if given."""
+    """AdamW over fp32 parameters; it goes on from the moments of `previous`, if given.
+
+    previous: of parameters of the same shapes in the same order; its settings are not taken over.
+    """
     optimizer = torch.optim.AdamW(
         list(parameters),
         lr=learning_rate,
@@ -26,7 +29,11 @@ def make_adamw(
         fused=True,
     )
     if previous is not None:
-        optimizer.load_state_dict(previous.state_dict())
+        settings = optimizer.state_dict()["param_groups"]
+        moments = previous.state_dict()["state"]
+        optimizer.load_state_dict({"state": moments, "param_groups": settings})
+        for parameter, state in optimizer.state.items():
+            assert state["exp_avg"].shape == parameter.shape, "moments of another table"
     return optimizer
 
 

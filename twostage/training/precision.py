@@ -1,11 +1,11 @@
 """Mixed precision with fp32 master weights.
 
 The model that a stage trains is fp32: the masters. Forward and backward run on a working copy of it
-in bf16, made once a stage. After backward, gradients go from the copy to the masters in fp32, the
+in bf16, made once a stage. In backward, gradients go from the copy to the masters in fp32, the
 optimizer steps there, and the new weights go back to the copy in one rounding. So no weight is
 cast per use, and an update smaller than bf16's spacing (1/256 to 1/128 of the weight) is not
-lost. The loss, softmax and the statistics of layer norm are computed in fp32; embeddings and norms,
-whose weights are no matrix product's, are fp32 in the copy too (`model/bert.py`).
+lost. The loss, softmax and the statistics of layer norm are computed in fp32; embeddings are fp32
+in the copy too (`model/bert.py`), and on a CPU so are norms (`kernels/residual_norm.py`).
 
 The copy may hold fewer word embeddings than the model. Without weight decay, AdamW never moves a
 row that has no gradient (its moments stay 0), so a stage need only train the rows of tokens that
@@ -68,8 +68,8 @@ class WorkingCopy:
     def __init__(
         self, model: BertClassifier, dtype: torch.dtype, used_tokens_V: Tensor | None = None
     ) -> None:
-        """used_tokens_V: the only tokens whose embeddings the copy has, [V'] int64, known to it by
-        their places here; None: all."""
+        """used_tokens_V: [V'] integer, the only tokens whose embeddings the copy has, known to it
+        by their places here; None: all."""
         masters = dict(model.named_parameters())
         self._all_words, self._used_tokens_V = masters[WORD_EMBEDDINGS], used_tokens_V
         if used_tokens_V is not None:
@@ -106,7 +106,7 @@ class WorkingCopy:
             with torch.no_grad():
                 self._all_words[self._used_tokens_V] = self._words
 
-    def pull_gradients(self) -> Tensor:
+    def take_gradients(self) -> Tensor:
         """The gradients of the last backward, end to end: [P] fp32, and as `.grad` of the masters.
 
         The same memory at every step.
@@ -137,13 +137,14 @@ class WorkingCopy:
 def cast_model(
     config: BertConfig, masters: Mapping[str, nn.Parameter], dtype: torch.dtype
 ) -> BertClassifier:
-    """A model with these parameters in `dtype`, embeddings and norms as they are.
+    """A model with these parameters in `dtype`, embeddings (and on a CPU norms) as they are.
 
     What needs no cast shares its memory with the master.
     """
     twins = {}
     for name, master in masters.items():
-        kept = name.startswith("bert.embeddings.") or "norm." in name
+        on_cpu = master.device.type == "cpu"
+        kept = name.startswith("bert.embeddings.") or (on_cpu and "norm." in name)
         tensor = master.detach() if kept else master.detach().to(dtype)
         twins[name] = nn.Parameter(tensor, master.requires_grad)
     return assemble_classifier(config, twins)

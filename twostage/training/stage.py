@@ -2,8 +2,9 @@
 
 Which parameters are trained is set before, by freezing (`two_stage.py`); a frozen parameter takes
 part in no backward. Which texts a batch holds is a function of (seed, stage, epoch), and the
-dropout masks of a step are a function of (seed, stage, step): a stage can be left and re-entered
-between any two steps without changing a bit of the outcome.
+dropout masks of a step are a function of (seed, stage, step), those of frozen layers of the step's
+window (`trunk.py`): a stage can be left and re-entered between any two steps without changing a
+bit of the outcome.
 """
 
 from collections.abc import Callable
@@ -133,6 +134,7 @@ def train_stage(
             work.masters, settings.learning_rate, settings.weight_decay, state.optimizer
         )
         state.optimizer = optimizer
+        assert features is None or features.num_layers == num_frozen
         trunk = FrozenTrunk(work.model, store, num_frozen, features)
         bar.update(state.step)
         while state.epoch < settings.epochs:
@@ -144,7 +146,7 @@ def train_stage(
                 )
 
                 if num_frozen:
-                    hidden_TD, layout = trunk.batch(state, batches)
+                    hidden_TD, layout = trunk.take_batch(state, batches)
                     logits_BC = work.model.classify(hidden_TD, layout, num_frozen, generator)
                 else:
                     batch = pack(store, rows_B, device)
@@ -152,7 +154,7 @@ def train_stage(
                 loss = loss_function(logits_BC, send(labels_N[rows_B], device))
                 loss.backward()
 
-                grad_norm, divisor = clip_divisor(work.pull_gradients(), settings.max_grad_norm)
+                grad_norm, divisor = clip_divisor(work.take_gradients(), settings.max_grad_norm)
                 learning_rate = settings.learning_rate * linear_decay(state.step, schedule_steps)
                 optimizer.param_groups[0]["lr"] = learning_rate
                 # torch's fused AdamW reads both on the device: it divides the gradients by the one,

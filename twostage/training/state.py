@@ -19,7 +19,7 @@ class TrainingState:
 
     seed: int
     model: BertClassifier
-    """fp32 master weights."""
+    """fp32 master weights. While a stage runs, its word embeddings are those from before."""
     stage: int = 1
     """1 or 2."""
     epoch: int = 0
@@ -29,7 +29,8 @@ class TrainingState:
     step: int = 0
     """Optimizer steps of the stage so far."""
     optimizer: torch.optim.AdamW | None = None
-    """Of the current stage; None until its first step."""
+    """Of the current stage, None until it is entered. Without weight decay its moments of the word
+    embeddings have a row for each token of the stage's data, in order, and no others."""
 
     def begin_stage(self, stage: int) -> None:
         """Enter `stage` at its first batch, with a new optimizer and schedule."""

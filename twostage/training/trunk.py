@@ -41,6 +41,8 @@ class Features:
     """In the precision of the model that computed them."""
     store: TokenStore
     """Of the N texts; a token's id is its row of `hidden_TD`."""
+    num_layers: int
+    """Of the trunk."""
 
 
 def count_frozen_layers(model: BertClassifier) -> int:
@@ -88,7 +90,7 @@ def compute_features(
     # Token t of text n is at first_row_n + (t - offsets_n).
     shift_N = first_row_N - offsets[:-1]
     ids = torch.arange(num_tokens) + shift_N.repeat_interleave(lengths_N)
-    return Features(hidden_TD, TokenStore(ids.int(), offsets))
+    return Features(hidden_TD, TokenStore(ids.int(), offsets), num_layers)
 
 
 def cache_features(model: BertClassifier, store: TokenStore, dtype: torch.dtype) -> Features | None:
@@ -116,11 +118,13 @@ class FrozenTrunk:
         """features: of every text of the store, by row."""
         self.model, self.store, self.num_layers = model, store, num_layers
         self._all_features = features
+        self._epoch = -1
+        self._windows: list[np.ndarray] = []  # the epoch's batches, by their numbers
         self._window: Features | None = None
         self._steps = range(0)  # the window's
         self._draws: list[Tensor] = []  # the texts of each step, numbered within the window
 
-    def batch(
+    def take_batch(
         self, state: TrainingState, batches: Sequence[np.ndarray]
     ) -> tuple[Tensor, PackedLayout]:
         """Features of batch `state.batch` of the epoch, [T, D], and its layout."""
@@ -137,7 +141,9 @@ class FrozenTrunk:
         """The window that has the texts of batch `state.batch`, and their rows in it, [B]."""
         if self._window is None or state.step not in self._steps:
             self._window = None  # freed before the next is made
-            window = self._find_window(batches, state.batch)
+            if state.epoch != self._epoch:
+                self._epoch, self._windows = state.epoch, self._cut_windows(batches)
+            window = next(window for window in self._windows if window[-1] >= state.batch)
             first = state.step - (state.batch - int(window[0]))
             self._steps = range(first, first + len(window))
             seed = derive_seed(TRUNK_STREAM, state.seed, state.stage, first)
@@ -149,9 +155,8 @@ class FrozenTrunk:
             self._draws = list(torch.arange(sum(map(len, rows))).split([len(r) for r in rows]))
         return self._window, self._draws[state.step - self._steps[0]]
 
-    def _find_window(self, batches: Sequence[np.ndarray], index: int) -> np.ndarray:
-        """The consecutive batches, `index` among them, that go through the trunk together."""
+    def _cut_windows(self, batches: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Runs of consecutive batches that go through the trunk together."""
         lengths_N = self.store.lengths.numpy()
         tokens = np.array([lengths_N[rows].sum() for rows in batches])
-        windows = cut_by_tokens(np.arange(len(batches)), tokens, WINDOW_TOKENS)
-        return next(window for window in windows if window[-1] >= index)
+        return cut_by_tokens(np.arange(len(batches)), tokens, WINDOW_TOKENS)
