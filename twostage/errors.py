@@ -42,6 +42,12 @@ class DownloadError(TwoStageError):
     exit_code = 4
 
 
+class PartialOutputError(TwoStageError):
+    """The work ended before it was whole; what there is was written, and is marked as partial."""
+
+    exit_code = 6
+
+
 class NonFiniteError(TwoStageError):
     """The loss or the gradient became infinite or not a number."""
 
