@@ -13,7 +13,7 @@ REQUIRED = [
 ]
 PLOT = ["matplotlib>=3.8"]
 # The rivals in the benchmarks; Trainer's `train_sampling_strategy` is as young as that.
-BENCH = ["transformers>=5.2", "accelerate>=1.0"]
+BENCH = ["transformers>=5.2", "accelerate>=1.0", "openai>=1.60"]
 # The oracles that the tests compare with. The package itself never imports one of them.
 TEST = [
     *PLOT,
@@ -38,6 +38,7 @@ setup(
     packages=[
         "twostage",
         "twostage.assets",
+        "twostage.augmentation",
         "twostage.data",
         "twostage.kernels",
         "twostage.model",

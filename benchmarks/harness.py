@@ -122,7 +122,7 @@ class MemoryPeak:
         self.before = 0
         if device.type == "cpu":
             gc.collect()
-            self.before = _memory_status("VmRSS")
+            self.before = memory_status("VmRSS")
 
     def reset(self) -> None:
         """Forget the peak so far, as that of building the model."""
@@ -136,10 +136,10 @@ class MemoryPeak:
     def read(self) -> int:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_reserved(self.device)
-        return _memory_status("VmHWM") - self.before
+        return memory_status("VmHWM") - self.before
 
 
-def _memory_status(name: str) -> int:
+def memory_status(name: str) -> int:
     """A line of the kernel's account of this process, in bytes (Linux)."""
     # Not getrusage: its maximum is inherited from the process that started this one.
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
@@ -236,7 +236,7 @@ def save(folder: Path, name: str, markdown: str, record: dict[str, Any]) -> None
 
 def _rival_versions() -> dict[str, str]:
     versions = {}
-    for name in ("transformers", "accelerate", "triton"):
+    for name in ("transformers", "accelerate", "openai", "triton"):
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     if torch.version.cuda is not None:

@@ -31,7 +31,7 @@ def test_the_library_example_is_ten_lines_and_runs(
 
 def test_every_command_parses() -> None:
     commands = re.findall(
-        r"(?:^|`)(twostage (?:demo|fetch|downsample|train|evaluate)[^`\n]*)", README, re.M
+        r"(?:^|`)(twostage (?:demo|fetch|downsample|augment|train|evaluate)[^`\n]*)", README, re.M
     )
     assert len(commands) >= 5
     for command in commands:

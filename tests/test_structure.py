@@ -28,8 +28,8 @@ ORDER = [
     "model|data",
     "kernels",
 ]
-SIDE_LAYERS = {"assets": {"cli", "demo"}, "memory": {"cli"}}
-SHARED = {"errors", "files", "progress"}
+SIDE_LAYERS = {"assets": {"cli", "demo"}, "augmentation": {"cli", "demo"}, "memory": {"cli"}}
+SHARED = {"errors", "files", "printing", "progress"}
 
 
 def layer_of(path: Path) -> str:

@@ -1,7 +1,8 @@
 """The `twostage` command: arguments only. What each command does is elsewhere.
 
 Exit codes: 0 done; 2 usage, or output that cannot be written; 3 data or model unusable; 4 network
-or missing download; 7 non-finite numbers; 130 Ctrl-C; 143 SIGTERM.
+or missing download; 5 the API refused (key, quota, unknown model); 6 ended with partial output; 7
+non-finite numbers; 130 Ctrl-C; 143 SIGTERM.
 """
 
 import argparse
@@ -12,9 +13,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from .errors import TwoStageError, TwoStageWarning, UsageError
+
+if TYPE_CHECKING:
+    from .augmentation.openai_client import ApiKey
 
 
 class _Terminated(KeyboardInterrupt):
@@ -73,6 +77,7 @@ def _make_parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_fetch(commands)
     _add_downsample(commands)
+    _add_augment(commands)
     _add_train(commands)
     _add_evaluate(commands)
     return parser
@@ -170,6 +175,67 @@ def _add_downsample(commands: "_Commands[argparse.ArgumentParser]") -> None:
     parser.add_argument("--seed", type=int, default=42, help="of the draws; published: 42")
     _add_encoding(parser)
     parser.set_defaults(run=_downsample)
+
+
+def _add_augment(commands: "_Commands[argparse.ArgumentParser]") -> None:
+    parser = _add_command(
+        commands,
+        "augment",
+        "make a class-balanced aug.csv of paraphrases, by any OpenAI-compatible server",
+        "twostage augment -d down_sampled/0.2 --model gpt-4o-mini --dry-run",
+    )
+    add = parser.add_argument
+    add(
+        "-d",
+        "--data-path",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="holds train.csv (columns text, label); gets aug.csv",
+    )
+    add("--offline", action="store_true", help="no server: random edits of words, no paraphrases")
+    add("--seed", type=int, default=42, help="of --offline")
+    add("--model", default="gpt-3.5-turbo", metavar="NAME", help="as the server names it")
+    add(
+        "--base-url",
+        metavar="URL",
+        help="of the server, often ending in /v1 (default: OPENAI_BASE_URL, else OpenAI)",
+    )
+    add(
+        "-k",
+        "--api-key",
+        metavar="KEY",
+        help="others on this machine can see it there: rather set OPENAI_API_KEY",
+    )
+    add("--api-key-file", type=Path, metavar="FILE", help="holds the key and nothing else")
+    add(
+        "--prompt",
+        metavar="TEXT",
+        help="instruction; the text stands where it says {text}, else below it (default: the "
+        "published one)",
+    )
+    add("--temperature", type=float, metavar="X", help="of the sampling (default: the server's)")
+    add(
+        "--max-completion-tokens",
+        type=int,
+        metavar="N",
+        help="longest answer (default: half the text's bytes and 64); models that think need more",
+    )
+    add("--concurrency", type=int, default=32, metavar="N", help="calls at once")
+    add("--requests-per-minute", type=float, metavar="X", help="at most (default: the server's)")
+    add("--tokens-per-minute", type=float, metavar="X", help="at most (default: the server's)")
+    add("--timeout", type=float, default=120.0, metavar="SECONDS", help="without a sign of life")
+    add("--batch", action="store_true", help="the Batch API: half the price, up to a day")
+    add("--budget", type=float, metavar="DOLLARS", help="stop before the job costs more")
+    add(
+        "--price",
+        type=_numbers(float),
+        metavar="IN,OUT",
+        help="dollars a million tokens of prompts and answers (default: a table)",
+    )
+    add("--dry-run", action="store_true", help="print calls, tokens, cost and time; call nobody")
+    _add_encoding(parser)
+    parser.set_defaults(run=_augment)
 
 
 def _add_train(commands: "_Commands[argparse.ArgumentParser]") -> None:
@@ -311,6 +377,70 @@ def _downsample(options: argparse.Namespace) -> None:
         options.input_path, options.output_path, options.rates, options.seed, options.encoding
     ):
         print(f"{folder}: {positives} positive, {negatives} negative")
+
+
+def _augment(options: argparse.Namespace) -> None:
+    from .augmentation.folder import Server, augment_folder, edit_folder, estimate_folder
+    from .augmentation.openai_client import OPENAI_URL
+    from .augmentation.paraphrase import PROMPT, EditSettings, ParaphraseSettings
+    from .augmentation.prices import Price
+
+    if options.offline:
+        edit_folder(options.data_path, EditSettings(options.seed), encoding=options.encoding)
+        return
+    if options.price and len(options.price) != 2:
+        raise UsageError(f"--price has {len(options.price)} numbers; expected IN,OUT")
+    base_url = options.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
+    settings = ParaphraseSettings(
+        model=options.model,
+        prompt=options.prompt or PROMPT,
+        temperature=options.temperature,
+        max_tokens=options.max_completion_tokens,
+    )
+    server = Server(
+        base_url=base_url,
+        api_key=None if options.dry_run else _find_api_key(options, base_url),
+        concurrency=options.concurrency,
+        requests_per_minute=options.requests_per_minute,
+        tokens_per_minute=options.tokens_per_minute,
+        read_seconds=options.timeout,
+        batch=options.batch,
+        price=Price(*options.price) if options.price else None,
+        budget=options.budget,
+    )
+    if options.dry_run:
+        print(estimate_folder(options.data_path, settings, server, encoding=options.encoding))
+        return
+    augment_folder(
+        options.data_path, settings, server, encoding=options.encoding, show_progress=True
+    )
+
+
+def _find_api_key(options: argparse.Namespace, base_url: str) -> "ApiKey | None":
+    """-k, else --api-key-file, else OPENAI_API_KEY; a server other than OpenAI may need none."""
+    from .augmentation.openai_client import OPENAI_URL, ApiKey
+
+    if options.api_key:
+        warnings.warn(
+            "a key on the command line can be read by every user of this machine; set "
+            "OPENAI_API_KEY or give --api-key-file instead",
+            TwoStageWarning,
+            stacklevel=2,
+        )
+        return ApiKey(options.api_key, "-k")
+    if options.api_key_file:
+        try:
+            return ApiKey(options.api_key_file.read_text(encoding="utf-8"), "--api-key-file")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UsageError(f"--api-key-file {options.api_key_file}: {error}") from None
+    if os.environ.get("OPENAI_API_KEY"):
+        return ApiKey(os.environ["OPENAI_API_KEY"], "OPENAI_API_KEY")
+    if base_url == OPENAI_URL:
+        raise UsageError(
+            "there is no API key; set OPENAI_API_KEY, or name another server with --base-url, or "
+            "go without one: --offline"
+        )
+    return None
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -16,8 +16,9 @@ from .assets.data_sets import fetch_demo, is_demo_complete
 from .data.downsampling import check_draw, downsample_folder
 from .errors import writing_to
 from .experiment import read_data, run_experiment
+from .printing import format_table
 from .recipe import Recipe
-from .report import explain_micro_f1, format_confusion, format_table, score_columns, scores
+from .report import explain_micro_f1, format_confusion, score_columns, scores
 from .two_stage import Result
 
 # MiniLM is small and wants larger steps than BERT-base, for which the recipe's rates are made.

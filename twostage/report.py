@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from .data.tables import Table, find_classes
+from .printing import format_table
 from .recipe import Recipe
 from .training.metrics import Metrics
 from .training.precision import choose_device, choose_precision
@@ -143,19 +144,6 @@ def format_confusion(title: str, confusion_CC: np.ndarray, names: Sequence[str])
         [f"true '{name}'", *row] for name, row in zip(names, confusion_CC.tolist(), strict=True)
     ]
     return format_table([title, *(f"predicted '{name}'" for name in names)], rows)
-
-
-def format_table(header: list[str], rows: list[list[object]]) -> str:
-    """Columns aligned to the right, the first to the left; floats with three digits."""
-    cells = [
-        header,
-        *([f"{x:.3f}" if isinstance(x, float) else str(x) for x in row] for row in rows),
-    ]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
-        for row in cells
-    )
 
 
 def describe_result(result: Result, recipe: Recipe, inputs: dict[str, str]) -> dict[str, Any]:

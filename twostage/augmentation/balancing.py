@@ -5,15 +5,16 @@ row in each pass; skip the rows of a class that already has more than 1.01 · n_
 end at the end of a pass, once every class has at least that many. A tail row is thus asked for many
 paraphrases, a row of the majority for one or two.
 
-Published, the walk waits for each answer before the next call. Here calls overlap, and who answers
-first must not decide which rows are asked how often. So the k-th draw of a class is fixed before the
-first call: row k mod n_c of the class's n_c rows, in pass k // n_c. The walk without failures
-takes the first draws of each class (`count_draws`); where a draw is given up, the class goes on
-with its next one. Same data, same answers: same table.
+Published, the walk waits for each answer before the next call. Here calls overlap, and who
+answers first must not decide which rows are asked how often. So the k-th draw of a class is fixed
+before the first call: row k mod n_c of the class's n_c rows, in pass k // n_c. The walk without
+failures takes the first draws of each class (`count_draws`); where a draw is given up, the class
+goes on with its next one. Same data, same answers: same table.
 
-The table (`choose_rows`): the paraphrases ordered by (source row, draw); of each class, in ascending
-order, n_majority of them; all shuffled. The draws are those of pandas' `sample(random_state=42)`.
-Source: the code of ValizadehAslani et al. 2024 (Neurocomputing 592:127801).
+The table (`choose_rows`): the paraphrases ordered by (source row, draw); of each class, in
+ascending order, n_majority of them; all shuffled. The draws are those of pandas'
+`sample(random_state=42)`. Source: the code of ValizadehAslani et al. 2024 (Neurocomputing
+592:127801).
 """
 
 import math

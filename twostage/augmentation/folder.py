@@ -1,0 +1,436 @@
+"""The job on a data folder: `train.csv` in, a class-balanced `aug.csv` out.
+
+    train.csv              read: the columns text and label
+    aug.csv                org_ind,text,label: n_majority paraphrases of each class, shuffled
+    aug.partial.csv        instead, when the job ended early: as much as there is, not balanced
+    augment_report.json    how each class fared, what it cost, what is missing and why
+    paraphrases.jsonl      every answer that was paid for; run again and it is not asked for again
+    batches.jsonl          with the Batch API: what is under way at the server
+
+An `aug.csv` that was there before, and is another one, is kept as `aug.csv.previous`.
+"""
+
+import asyncio
+import filecmp
+import json
+import signal
+import time
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..data.tables import Classes, Table, find_classes, read_table, write_table
+from ..errors import DataError, PartialOutputError, TwoStageError, UsageError, writing_to
+from ..files import replacing
+from ..printing import format_table
+from . import journal as journals
+from .answering import EditedTexts, Interrupted, ServerAnswers, Spending, Stop, show_dollars
+from .balancing import Walk, choose_rows, count_draws
+from .journal import Journal
+from .openai_client import OPENAI_URL, READ_SECONDS, ApiKey, OpenAIClient, check_base_url
+from .pacing import Pacer
+from .paraphrase import (
+    EditSettings,
+    ParaphraseSettings,
+    Pool,
+    ask_in_rounds,
+    estimate_tokens,
+)
+from .prices import BATCH_SHARE, DATE, Price, find_price
+from .quality import BAD
+
+AUG, PARTIAL, REPORT, BATCHES = (
+    "aug.csv",
+    "aug.partial.csv",
+    "augment_report.json",
+    "batches.jsonl",
+)
+HEADER = ("org_ind", "text", "label")
+ANSWER_SECONDS = 1.0
+"""What an estimate of the time takes for one answer; a chat model writes a short one in that."""
+MESSAGE_TOKENS = 8
+"""What a message takes beside its text."""
+
+
+@dataclass(frozen=True)
+class Server:
+    """Whom to ask, and how hard."""
+
+    base_url: str = OPENAI_URL
+    api_key: ApiKey | None = None
+    concurrency: int = 32
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    read_seconds: float = READ_SECONDS
+    batch: bool = False
+    """Ask through the Batch API: about half the price, up to a day."""
+    price: Price | None = None
+    """None takes it from the table, by the model's name."""
+    budget: float | None = None
+    """US dollars that the job may cost, earlier runs of it included."""
+
+    def __post_init__(self) -> None:
+        check_base_url(self.base_url)
+        for name in (
+            "concurrency",
+            "requests_per_minute",
+            "tokens_per_minute",
+            "read_seconds",
+            "budget",
+        ):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UsageError(f"{name} is {value}; expected a number above 0")
+
+
+@dataclass(frozen=True)
+class _Data:
+    """A training table, and where things about it go."""
+
+    folder: Path
+    table: Table
+    classes: Classes
+    labels_N: np.ndarray
+
+    @property
+    def num_majority(self) -> int:
+        return int(np.bincount(self.labels_N).max())
+
+
+def augment_folder(
+    data_path: Path,
+    settings: ParaphraseSettings,
+    server: Server,
+    *,
+    encoding: str = "utf-8",
+    show_progress: bool = False,
+    say: Callable[[str], None] = print,
+) -> None:
+    """Ask for what is missing, and write the folder's files.
+
+    Raises DataError; UsageError; ApiError when the server refuses; PartialOutputError when the
+    budget is used up or a class stays short; KeyboardInterrupt, or whatever the process does on
+    SIGTERM, when it was asked to stop. In all of these cases what was paid for is kept.
+    """
+    data = _read(data_path, encoding)
+    spending = Spending(_find_price(settings, server), server.budget)
+    pool = Pool(data.table, data.labels_N)
+    started = time.monotonic()
+    reason: Exception | None = None
+    with ExitStack() as stack:
+        journal = stack.enter_context(closing(Journal(data_path / journals.NAME)))
+        elsewhere = [stack.enter_context(closing(j)) for j in _other_journals(journal)]
+
+        async def run() -> None:
+            stop = Stop()
+            pacer = Pacer(server.requests_per_minute, server.tokens_per_minute, sleep=stop.sleep)
+            client = OpenAIClient(
+                server.base_url,
+                server.api_key,
+                pacer=pacer,
+                concurrency=server.concurrency,
+                read_seconds=server.read_seconds,
+                sleep=stop.sleep,
+            )
+            source = ServerAnswers(
+                client,
+                journal,
+                settings,
+                spending,
+                stop,
+                elsewhere=elsewhere,
+                concurrency=server.concurrency,
+                batch_state=data_path / BATCHES if server.batch else None,
+                where=data.table.where,
+                show_progress=show_progress,
+            )
+            with stop.on_signals():
+                async with client:
+                    for asked in ask_in_rounds(pool, settings.key, source.get):
+                        await source.fetch(asked)
+
+        try:
+            asyncio.run(run())
+        except (TwoStageError, Interrupted) as early:
+            reason = early
+            # What the pool would be if nothing else ever came.
+            pool = Pool(data.table, data.labels_N)
+            for _ in ask_in_rounds(pool, settings.key, journal.get):
+                pass
+
+    paid = describe_spending(spending)
+    details = {
+        "model": settings.model,
+        "base_url": server.base_url.partition("?")[0],
+        "prompt": settings.prompt,
+        "temperature": settings.temperature,
+        "max_tokens": settings.max_tokens,
+        "batch": server.batch,
+        "answers_paid_for": spending.calls + spending.earlier_calls,
+        "answers_taken_over": spending.reused,
+        "prompt_tokens": spending.prompt_tokens,
+        "completion_tokens": spending.completion_tokens,
+        "price_per_million_tokens": spending.price,
+        "dollars": round(spending.dollars, 6) if spending.price else None,
+        "seconds": round(time.monotonic() - started, 3),
+    }
+    _finish(data, pool, reason, details, paid, say)
+
+
+def edit_folder(
+    data_path: Path,
+    settings: EditSettings,
+    *,
+    encoding: str = "utf-8",
+    say: Callable[[str], None] = print,
+) -> None:
+    """The same files from the offline generator: lexical edits of the texts, no paraphrases."""
+    data = _read(data_path, encoding)
+    details = {"generator": "lexical edits", "seed": settings.seed}
+    _finish(data, edit_texts(data.table, data.labels_N, settings), None, details, "", say)
+
+
+def edit_texts(table: Table, labels_N: np.ndarray, settings: EditSettings) -> Pool:
+    """A pool of lexical edits of a table in memory; see `choose_table` for its balanced part."""
+    pool = Pool(table, labels_N)
+    source = EditedTexts(pool)
+    for asked in ask_in_rounds(pool, settings.key, source.get):
+        source.fetch(asked)
+    return pool
+
+
+def choose_table(pool: Pool, classes: Classes) -> list[tuple[int, str, str]]:
+    """(source row, text, label) for each row of `aug.csv`, in its order."""
+    paraphrases = sorted(pool.paraphrases)
+    labels = pool.labels_N[[p.row for p in paraphrases]]
+    chosen = choose_rows(labels, len(classes), max(pool.counts_C))
+    return [(paraphrases[i].row, paraphrases[i].text, classes.names[labels[i]]) for i in chosen]
+
+
+def estimate_folder(
+    data_path: Path, settings: ParaphraseSettings, server: Server, *, encoding: str = "utf-8"
+) -> str:
+    """What a run would ask for, and about what that would take, without a single call."""
+    data = _read(data_path, encoding)
+    price = _find_price(settings, server)
+    with ExitStack() as stack:
+        own = Journal(data_path / journals.NAME, read_only=True)
+        known = [stack.enter_context(closing(j)) for j in (own, *_other_journals(own))]
+        draws = Walk(data.table.texts, data.labels_N).deal(count_draws(_counts(data)))
+        texts = [(data.table.texts[draw.row], draw.repeat) for draw in draws]
+        missing = [t for t, n in texts if not any(settings.key(t, n, 0) in j for j in known)]
+    prompt_tokens = sum(estimate_tokens(settings.message(t)) + MESSAGE_TOKENS for t in missing)
+    completion_tokens = sum(estimate_tokens(t) for t in missing)
+    seconds = max(
+        len(missing) * ANSWER_SECONDS / server.concurrency,
+        len(missing) * 60 / (server.requests_per_minute or float("inf")),
+        (prompt_tokens + completion_tokens) * 60 / (server.tokens_per_minute or float("inf")),
+    )
+    known_already = f" ({len(texts) - len(missing):,} are there already)"
+    lines = [
+        f"answers  {len(texts):,} wanted, for {len(data.classes)} classes of "
+        f"{data.num_majority:,} rows{known_already if len(missing) < len(texts) else ''}",
+        f"calls    {len(missing):,}; a duplicate, a copy or a refusal costs up to 2 more",
+        f"tokens   about {prompt_tokens:,} of prompts and {completion_tokens:,} of answers, "
+        "at 4 bytes a token",
+    ]
+    if price:
+        dollars = price.cost(prompt_tokens, completion_tokens)
+        share = BATCH_SHARE if server.batch else 1.0
+        by_batch = (
+            "" if server.batch else f"; with --batch about {show_dollars(BATCH_SHARE * dollars)}"
+        )
+        listed = "as given" if server.price else f"as listed in {DATE}"
+        lines.append(
+            f"cost     about {show_dollars(share * dollars)} (${price.prompt:g} and "
+            f"${price.completion:g} a million tokens, {listed}){by_batch}"
+        )
+    else:
+        lines.append(f"cost     unknown: no price for '{settings.model}'; give one with --price")
+    if server.batch:
+        lines.append("time     up to 24 hours for each batch of 50,000")
+    else:
+        lines.append(
+            f"time     about {_show_seconds(seconds)}, {server.concurrency} calls at once, "
+            f"{ANSWER_SECONDS:g} second an answer"
+        )
+    return "\n".join(lines)
+
+
+def describe_spending(spending: Spending) -> str:
+    """One line on what was asked and paid."""
+    parts = [f"{spending.calls:,} answers of this run"]
+    if spending.earlier_calls:
+        parts.append(f"{spending.earlier_calls:,} of earlier runs")
+    if spending.reused:
+        parts.append(f"{spending.reused:,} taken over from other folders")
+    return f"{', '.join(parts)}; {spending}"
+
+
+def format_quality(pool: Pool, names: tuple[str, ...]) -> str:
+    """How each class fared, as a table."""
+    header = ["class", "rows", "asked", "kept", *BAD, "mean words", "overlap"]
+    rows: list[list[object]] = [
+        [
+            f"'{name}'",
+            count,
+            quality.asked,
+            quality.kept,
+            *(quality.verdicts[verdict] for verdict in BAD),
+            f"{quality.mean_words:.1f}",
+            f"{quality.mean_overlap:.2f}",
+        ]
+        for name, count, quality in zip(names, pool.counts_C, pool.quality_C, strict=True)
+    ]
+    return format_table(header, rows)
+
+
+def _finish(
+    data: _Data,
+    pool: Pool,
+    reason: Exception | None,
+    details: dict[str, Any],
+    paid: str,
+    say: Callable[[str], None],
+) -> None:
+    """Write what there is, say how it went, and raise the reason if the job ended early."""
+    short = [
+        f"'{name}' has {quality.kept:,} of {data.num_majority:,}"
+        for name, quality in zip(data.classes.names, pool.quality_C, strict=True)
+        if quality.kept < data.num_majority
+    ]
+    if short and reason is None:
+        reason = PartialOutputError(
+            f"the answers bring too few paraphrases: class {', class '.join(short)}; see "
+            f"{data.folder / REPORT} for why"
+        )
+    rows = choose_table(pool, data.classes)
+    if reason is None:
+        written = data.folder / AUG
+        _replace_table(written, rows)
+        (data.folder / PARTIAL).unlink(missing_ok=True)
+    else:
+        written = data.folder / PARTIAL
+        if rows:
+            write_table(written, HEADER, rows)
+    with replacing(data.folder / REPORT) as file:
+        json.dump(_describe(data, pool, reason, details, len(rows)), file, indent=2)
+        file.write("\n")
+
+    if pool.paraphrases:
+        say(format_quality(pool, data.classes.names))
+    for row, kept in sorted(pool.shortened.items()):
+        whole = len(data.table.texts[row])
+        say(f"{data.table.where(row)}: only {kept:,} of {whole:,} characters fit into the model")
+    if paid:
+        say(paid)
+    if rows:
+        partial = "" if reason is None else " (partial, NOT balanced)"
+        say(f"written: {written}, {len(rows):,} rows{partial}; {REPORT}")
+    if isinstance(reason, Interrupted):
+        _deliver(reason, data.folder)
+    if reason is not None:
+        raise reason
+
+
+def _deliver(interrupted: Interrupted, folder: Path) -> None:
+    """Let the signal do now what it would have done at once."""
+    try:
+        signal.raise_signal(interrupted.signum)
+    except KeyboardInterrupt as interrupt:
+        interrupt.args = (
+            f"stopped: every answer so far is in {folder / journals.NAME}; run the same command "
+            "again to go on",
+        )
+        raise
+
+
+def _replace_table(path: Path, rows: list[tuple[int, str, str]]) -> None:
+    """Put the table in its place; another one that was there is kept as `.previous`."""
+    new = path.with_name(path.name + ".new")
+    write_table(new, HEADER, rows)
+    with writing_to(path):
+        if path.exists() and not filecmp.cmp(path, new, shallow=False):
+            path.replace(path.with_name(path.name + ".previous"))
+        new.replace(path)
+
+
+def _describe(
+    data: _Data, pool: Pool, reason: Exception | None, details: dict[str, Any], num_rows: int
+) -> dict[str, Any]:
+    """The content of `augment_report.json`."""
+    classes = [
+        {
+            "class": name,
+            "train_rows": count,
+            "asked": quality.asked,
+            "kept": quality.kept,
+            **quality.verdicts,
+            "kept_duplicates": quality.kept_duplicates,
+            "kept_copies": quality.kept_copies,
+            "given_up": quality.given_up,
+            "mean_words": quality.mean_words,
+            "mean_lexical_overlap": quality.mean_overlap,
+        }
+        for name, count, quality in zip(
+            data.classes.names, pool.counts_C, pool.quality_C, strict=True
+        )
+    ]
+    why = "a signal" if isinstance(reason, Interrupted) else str(reason)
+    return {
+        "complete": reason is None,
+        "ended_early_because": None if reason is None else why,
+        "rows": num_rows,
+        "rows_per_class_when_complete": data.num_majority,
+        **details,
+        "classes": classes,
+        "shortened": [
+            {
+                "row": row,
+                "line": data.table.lines[row] if data.table.lines else None,
+                "characters": len(data.table.texts[row]),
+                "sent": kept,
+            }
+            for row, kept in sorted(pool.shortened.items())
+        ],
+    }
+
+
+def _read(data_path: Path, encoding: str) -> _Data:
+    if not data_path.is_dir():
+        raise DataError(f"there is no data folder '{data_path}'; it should hold train.csv")
+    table = read_table(data_path / "train.csv", encoding)
+    classes = find_classes(table)
+    return _Data(data_path, table, classes, classes.encode(table))
+
+
+def _counts(data: _Data) -> list[int]:
+    counts: list[int] = np.bincount(data.labels_N).tolist()
+    return counts
+
+
+def _find_price(settings: ParaphraseSettings, server: Server) -> Price | None:
+    price = server.price or find_price(settings.model)
+    if server.budget is not None and price is None:
+        raise UsageError(
+            f"a budget needs a price, and none is known for '{settings.model}': give one with "
+            "--price"
+        )
+    return price
+
+
+def _other_journals(journal: Journal) -> list[Journal]:
+    """Those of the folders beside this one: other rates of the same texts have the same answers."""
+    own = journal.path.resolve()
+    paths = sorted(own.parent.parent.glob(f"*/{journals.NAME}"))
+    return [Journal(path, read_only=True) for path in paths if path.resolve() != own]
+
+
+def _show_seconds(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
