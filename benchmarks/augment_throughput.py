@@ -42,13 +42,13 @@ from twostage.data.tables import write_table
 
 RATE = 0.2
 """Tail rows for each row of the majority, in the made-up training data."""
-PUBLISHED_CALLS = 10
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--calls", type=int, default=50_000, help="of ours")
-    parser.add_argument("--peer-calls", type=int, default=5_000, help="of the others")
+    parser.add_argument("--peer-calls", type=int, default=5_000, help="of openai's package")
+    parser.add_argument("--published-calls", type=int, default=10, help="of the published way")
     parser.add_argument("--concurrency", type=int, default=64, help="calls at once")
     parser.add_argument("--delay", type=float, default=0.2, help="seconds the server takes")
     parser.add_argument("--journal", type=int, default=100_000, help="answers to reopen")
@@ -65,7 +65,7 @@ def main() -> None:
     jobs = [
         {"way": "ours", "calls": options.calls, "delay": options.delay},
         {"way": "openai", "calls": options.peer_calls, "delay": options.delay},
-        {"way": "published", "calls": PUBLISHED_CALLS, "delay": options.delay},
+        {"way": "published", "calls": options.published_calls, "delay": options.delay},
         {"way": "ours", "calls": options.peer_calls, "delay": 0.0},
         {"way": "openai", "calls": options.peer_calls, "delay": 0.0},
     ]

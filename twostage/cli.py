@@ -386,6 +386,8 @@ def _augment(options: argparse.Namespace) -> None:
     from .augmentation.prices import Price
 
     if options.offline:
+        if options.dry_run or options.batch:
+            raise UsageError("--offline calls nobody; leave --dry-run and --batch out")
         edit_folder(options.data_path, EditSettings(options.seed), encoding=options.encoding)
         return
     if options.price and len(options.price) != 2:

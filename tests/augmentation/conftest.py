@@ -1,4 +1,5 @@
-"""An API server on this machine, with real sockets, that misbehaves in the ways that servers do."""
+"""An API server on this machine, with real sockets, that misbehaves in the ways that servers do;
+and time that passes at once, for what has no sockets."""
 
 import asyncio
 import hashlib
@@ -8,13 +9,15 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 from urllib.parse import parse_qsl, unquote
 
 import pytest
+
+T = TypeVar("T")
 
 WORDS = (
     "amber apple autumn bright bitter butter calm candle clever copper crisp dance dawn deep dusty "
@@ -286,6 +289,31 @@ def _is_good(body: dict[str, object]) -> bool:
 
 def _phrase(status: int) -> str:
     return HTTPStatus(status).phrase if status in set(HTTPStatus) else "Unknown"
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """Where nothing is left to do but to wait, time jumps to the end of the wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._time = 0.0
+        selector = self._selector  # type: ignore[attr-defined]
+        select = selector.select
+
+        def select_at_once(timeout: float | None = None) -> Any:
+            self._time += timeout or 0
+            return select(0)
+
+        selector.select = select_at_once
+
+    def time(self) -> float:
+        return self._time
+
+
+def run_in_virtual_time(main: Coroutine[Any, Any, T]) -> T:
+    """As `asyncio.run`, from time 0; the clock is `asyncio.get_running_loop().time`. No sockets."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(main)
 
 
 @pytest.fixture

@@ -23,6 +23,7 @@ from twostage.cli import main
 from twostage.data.tables import read_table, write_table
 
 from .conftest import ApiServer, Reply, completion, default_reply, error, phrase
+from .test_batch_api import BatchApi, Plan, Routes, answer, expiry, result
 
 KEY = "sk-test-0123456789abcdef0123456789"
 NEGATIVE, POSITIVE = 6, 20
@@ -515,6 +516,130 @@ def test_killed_fifty_times_it_ends_with_the_same_bytes_and_pays_nothing_twice(
     assert again == {key: n for key, n in lost.items() if n}, "only what was on its way"
 
 
+class BatchRoutes(Routes):
+    """The fake Batch API; calls one by one go to the server itself."""
+
+    def get(self, route: Any, default: Any = None) -> Any:
+        return None if route[1].endswith("/chat/completions") else super().get(route, default)
+
+
+@pytest.fixture
+def _quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("FIRST_POLL_SECONDS", "MAX_POLL_SECONDS", "SETTLE_SECONDS"):
+        monkeypatch.setattr(f"twostage.augmentation.batch_api.{name}", 0.001)
+
+
+@pytest.mark.usefixtures("_quick_polls")
+def test_by_batches_the_table_is_the_same_at_half_the_price(
+    folder: Path, server: ApiServer
+) -> None:
+    """The first batch expires half done; the next one has what is missing."""
+    half = lambda key, body: answer(key) if key < "8" else expiry(key)  # noqa: E731
+    api = BatchApi(Plan("expired", half))
+    server.routes = BatchRoutes(api)
+    assert augment(folder, server, "--batch", "--price", "100,200") == 0
+    assert server.calls == []
+    first, second = api.keys.values()
+    assert len(first) == CALLS
+    assert second == [key for key in first if key >= "8"]
+    assert (folder / "aug.csv").read_text() == expected_table(folder)
+    report = report_of(folder)
+    dollars = sum(20 * 100 + len(phrase(key).split()) * 200 for key in first) / 1e6
+    assert report["dollars"] == pytest.approx(dollars / 2, abs=1e-6)
+    assert augment(folder, server, "--price", "100,200") == 0, "and another way asks for nothing"
+    assert server.calls == []
+    assert report_of(folder)["dollars"] == pytest.approx(dollars / 2, abs=1e-6)
+
+
+@pytest.mark.usefixtures("_quick_polls")
+def test_by_batches_bad_answers_are_asked_again_and_long_texts_one_by_one(
+    folder: Path, server: ApiServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = read_table(folder / "train.csv")
+    too_long, kept_out = table.texts[1], table.texts[2]
+
+    def answer_batched(key: str, body: Any) -> dict[str, Any]:
+        if source_of(body) == too_long:
+            return result(key, error(400, "too long", "context_length_exceeded"))
+        if source_of(body) == kept_out:
+            return result(key, error(400, "filtered", "content_filter"))
+        return result(key, uneven_reply(key))
+
+    def reply(request_id: str, body: Any) -> Reply:
+        if source_of(body) == too_long:
+            return error(400, "too long", "context_length_exceeded")
+        return uneven_reply(request_id)
+
+    api = BatchApi(*[Plan(answer=answer_batched) for _ in range(20)])
+    server.routes = BatchRoutes(api)
+    server.reply = reply
+    assert augment(folder, server, "--batch") == 0
+    assert api.paid_twice == []
+    assert len(api.batches) >= 2, "rounds"
+    assert {source_of(call.body)[:9] for call in server.calls} == {too_long[:9]}
+    assert "characters fit" in capsys.readouterr().out
+    in_batches = (folder / "aug.csv").read_bytes()
+
+    # The same, call by call, is the same table.
+    def reply_with_filter(request_id: str, body: Any) -> Reply:
+        if source_of(body) == kept_out:
+            return error(400, "filtered", "content_filter")
+        return reply(request_id, body)
+
+    other = make_folder(folder.parent.parent / "elsewhere" / "0.3")
+    server.reply = reply_with_filter
+    assert augment(other, server) == 0
+    assert (other / "aug.csv").read_bytes() == in_batches
+
+
+@pytest.mark.usefixtures("_quick_polls")
+def test_requests_that_no_batch_answers_end_the_job_as_partial(
+    folder: Path, server: ApiServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def one_never_comes(key: str, body: Any) -> dict[str, Any]:
+        return expiry(key) if source_of(body).startswith("snippet 1 ") else answer(key)
+
+    server.routes = BatchRoutes(BatchApi(*[Plan("expired", one_never_comes) for _ in range(9)]))
+    assert augment(folder, server, "--batch") == 6
+    assert "have no answer after several batches" in capsys.readouterr().err
+    assert (folder / "aug.partial.csv").exists()
+    assert augment(folder, server) == 0, "one by one they come"
+    assert {source_of(call.body) for call in server.calls} == {"snippet 1 of a film"}
+    assert (folder / "aug.csv").read_text() == expected_table(folder)
+
+
+@pytest.mark.usefixtures("_quick_polls")
+def test_batches_stay_within_the_budget(folder: Path, server: ApiServer) -> None:
+    api = BatchApi()
+    server.routes = BatchRoutes(api)
+    command = ["--batch", "--price", "100,200"]
+    assert augment(folder, server, *command, "--budget", "0.04") == 6
+    assert 0.02 < report_of(folder)["dollars"] <= 0.04
+    assert len(api.batches) > 1, "what came cheaper than it might have makes room for more"
+    assert augment(folder, server, *command, "--budget", "10") == 0
+    assert api.paid_twice == []
+    assert (folder / "aug.csv").read_text() == expected_table(folder)
+
+
+def test_ctrl_c_leaves_batches_at_the_server_and_the_next_run_harvests_them(
+    folder: Path, server: ApiServer
+) -> None:
+    api = BatchApi(Plan(polls=2))
+    server.routes = BatchRoutes(api)
+    process = start(folder, server, "--batch")
+    wait_until(lambda: api.count("POST", "/v1/batches") > 0)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=5)
+    assert process.returncode == 130
+    assert "run the same command again to go on" in err
+    process = start(folder, server, "--batch")
+    process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert len(api.batches) == 1
+    assert (folder / "aug.csv").read_text() == expected_table(folder)
+
+
 def test_the_key_comes_from_a_file_or_the_environment_and_is_nowhere_else(
     folder: Path,
     server: ApiServer,
@@ -567,6 +692,8 @@ def test_the_base_url_may_come_from_the_environment(
         (["-k", "x", "--prompt", " "], 2, "prompt is empty"),
         (["-k", "x", "--temperature", "3"], 2, "temperature is 3"),
         (["-k", "x", "--timeout", "nan"], 2, "read_seconds is nan"),
+        (["--offline", "--dry-run"], 2, "--offline calls nobody"),
+        (["--offline", "--batch"], 2, "--offline calls nobody"),
         (["-d", "nowhere", "-k", "x"], 3, "no data folder 'nowhere'"),
         (["-d", "nowhere", "--offline"], 3, "no data folder 'nowhere'"),
         (["-d", "nowhere", "--dry-run"], 3, "no data folder 'nowhere'"),

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 
 from ..errors import PartialOutputError
 from ..progress import Bar, progress_bar
+from .batch_api import answer_by_batches
 from .journal import Answer, Journal
 from .lexical_edits import LexicalEditor
 from .openai_client import (
@@ -59,11 +60,11 @@ class Stop:
 
     def __init__(self) -> None:
         self.reason: Exception | None = None
-        self._stopped, self._hurry = asyncio.Event(), asyncio.Event()
+        self._stopped, self._signalled, self._hurry = (asyncio.Event() for _ in range(3))
 
     def because(self, reason: Exception) -> None:
-        if isinstance(self.reason, Interrupted):
-            self._hurry.set()
+        if isinstance(reason, Interrupted):
+            (self._hurry if self._signalled.is_set() else self._signalled).set()
         self.reason = self.reason or reason
         self._stopped.set()
 
@@ -77,8 +78,8 @@ class Stop:
     async def run(self, work: Awaitable[T]) -> T:
         """Await the work, or let it end in good order and raise the reason."""
         task = asyncio.ensure_future(work)
-        await _first_of(task, self._stopped.wait())
-        if isinstance(self.reason, Interrupted):
+        await _first_of(task, self._signalled.wait())
+        if not task.done():
             await _first_of(task, self._hurry.wait(), GRACE_SECONDS)
             task.cancel()
         try:
@@ -315,8 +316,6 @@ class ServerAnswers:
         self, requests: Sequence[Request], state: Path, bar: Bar
     ) -> list[Request]:
         """Through the Batch API; returns the requests that have to be asked one by one."""
-        from .batch_api import answer_by_batches
-
         by_key = {request.key: request for request in requests}
 
         def keep(completions: Sequence[tuple[str, Completion]]) -> None:
@@ -334,6 +333,9 @@ class ServerAnswers:
                     bar.update(1)
             bar.set_postfix_str(str(self._spending))
 
+        def show(finished: int, total: int) -> None:
+            bar.set_postfix_str(f"{finished:,} of {total:,} done at the server, {self._spending}")
+
         one_by_one = []
         waiting = list(requests)
         while waiting:
@@ -343,7 +345,9 @@ class ServerAnswers:
             waiting = waiting[len(batched) :]
             bodies = {r.key: self._settings.body(r.text) for r in batched}
             refused = await self._stop.run(
-                answer_by_batches(self._client, bodies, state, keep, sleep=self._stop.sleep)
+                answer_by_batches(
+                    self._client, bodies, state, keep, sleep=self._stop.sleep, on_poll=show
+                )
             )
             for key, error in refused.items():
                 if isinstance(error, ContentFilterError):

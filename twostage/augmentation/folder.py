@@ -162,7 +162,7 @@ def augment_folder(
             for _ in ask_in_rounds(pool, settings.key, journal.get):
                 pass
 
-    paid = describe_spending(spending)
+    paid = describe_spending(spending) if pool.paraphrases else ""
     details = {
         "model": settings.model,
         "base_url": server.base_url.partition("?")[0],

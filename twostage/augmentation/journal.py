@@ -96,6 +96,8 @@ class Journal:
     def add(self, answers: Iterable[tuple[str, Answer]]) -> None:
         """Append these answers; they are on disk when this returns. Raises UsageError."""
         lines = [(key, _write_line(key, answer)) for key, answer in answers]
+        if not lines:
+            return
         end = os.lseek(self._file, 0, os.SEEK_END)
         with writing_to(self.path):
             try:

@@ -32,6 +32,7 @@ import ipaddress
 import json
 import math
 import random
+import re
 import time
 import warnings
 from collections.abc import Awaitable, Callable, Generator, Mapping
@@ -57,6 +58,8 @@ SHOWN = 300
 """Characters of a server's message that an error quotes."""
 _MIN_SECRET = 12
 """Shorter keys are placeholders (`EMPTY`, `ollama`), which may well occur in a text."""
+_OVERFLOW = re.compile("context length|maximum model length|available context size")
+"""In what vLLM, SGLang and older llama.cpp say of a text that is too long."""
 
 
 class ApiError(TwoStageError):
@@ -136,6 +139,7 @@ class ApiKey(httpx.Auth):
     def __init__(self, key: str, source: str = "the API key") -> None:
         key = key.strip()
         if not key or not key.isascii() or not key.isprintable() or " " in key:
+            key = ""  # a traceback may print it, and part of it may be a key
             raise UsageError(
                 f"{source} is empty or holds characters that no key has; expected one word of "
                 "plain letters, digits and signs"
@@ -320,10 +324,10 @@ class OpenAIClient:
             response = await lane.request(method, url, auth=self._key, **request)
         except httpx.RequestError as error:
             return RetryableError(
-                self._hide(_describe_failure(error, self.address, self._read_seconds))
+                self.hide(_describe_failure(error, self.address, self._read_seconds))
             )
         except (httpx.InvalidURL, httpx.CookieConflict) as error:
-            return RejectedError(self._hide(f"{self.address} cannot be used: {error}"))
+            return RejectedError(self.hide(f"{self.address} cannot be used: {error}"))
         finally:
             self._idle.append(lane)
         self._heard_at = self._clock()
@@ -349,10 +353,11 @@ class OpenAIClient:
 
     def _without_key(self, error: ApiError) -> ApiError:
         text = f"{self.address}: {error}"
-        error.args = (self._hide(text),)
+        error.args = (self.hide(text),)
         return error.with_traceback(None)
 
-    def _hide(self, text: str) -> str:
+    def hide(self, text: str) -> str:
+        """The text without the key, which servers quote in their errors."""
         return self._key.hide(text) if self._key else text
 
 
@@ -366,7 +371,7 @@ def check_base_url(base_url: str, has_key: bool = False) -> str:
     except (httpx.InvalidURL, TypeError):
         url = httpx.URL("")
     if url.scheme not in ("http", "https") or not url.host or url.userinfo or url.fragment:
-        shown = "one with a user name or password" if url.userinfo else repr(base_url)
+        shown = "one with a user name or password" if "@" in str(base_url) else repr(base_url)
         raise UsageError(
             f"the base URL is {shown}; expected an address such as {OPENAI_URL} or "
             "http://localhost:8000/v1"
@@ -448,17 +453,20 @@ def read_error(
         status = next((int(c) for c in codes if c.isdigit() and 400 <= int(c) < 600), 500)
         if codes & {"invalid_request_error", "insufficient_quota"}:
             status = 400
-    said = f"{said[:SHOWN]}{'…' * (len(said) > SHOWN)} (status {status})"
+    if len(said) > SHOWN:  # cut between words: `ApiKey.hide` would not know a part of a key
+        said = f"{said[:SHOWN].rpartition(' ')[0]} …"
+    said = f"{said} (status {status})"
 
     if codes & {"insufficient_quota", "billing_hard_limit_reached", "billing_not_active"}:
         return QuotaError(
             f"the account's quota is used up, which waiting does not change: {said}", status
         )
     if codes & {"context_length_exceeded", "exceed_context_size_error"} or (
-        status == 400 and "maximum context length" in text  # vLLM has no code for it
+        status == 400 and _OVERFLOW.search(text)  # vLLM has no code for it
     ):
         return ContextOverflowError(said, status)
-    if codes & {"content_filter", "responsibleaipolicyviolation"}:
+    # invalid_prompt: "your prompt was flagged as potentially violating our usage policy" (OpenAI)
+    if codes & {"content_filter", "invalid_prompt", "responsibleaipolicyviolation"}:
         return ContentFilterError(said, status)
     if status in (401, 403):
         return AuthenticationError(f"the key is refused: {said}; check OPENAI_API_KEY", status)
@@ -479,19 +487,23 @@ def read_error(
 
 
 def read_wait(headers: Mapping[str, str], now: datetime) -> float | None:
-    """Seconds that an answer asks to wait; None where it doesn't, or doesn't make sense."""
+    """Seconds that an answer asks to wait; None where it doesn't, or doesn't make sense.
+
+    Nor does 0 or a date that is over: a server that keeps saying so would be asked without end.
+    """
     for name, unit in (("retry-after-ms", 1e-3), ("retry-after", 1.0)):
         try:
             seconds = float(headers.get(name, "")) * unit
         except ValueError:
             continue
-        if math.isfinite(seconds) and seconds >= 0:
+        if math.isfinite(seconds) and seconds > 0:
             return seconds
     try:
         until = parsedate_to_datetime(headers["retry-after"])
         # By the server's own clock, where it tells it: ours may be wrong.
         since = parsedate_to_datetime(headers["date"]) if "date" in headers else now
-        return max(0.0, (until - since).total_seconds())
+        seconds = (until - since).total_seconds()
+        return seconds if seconds > 0 else None
     except (KeyError, ValueError, TypeError):
         return None
 
@@ -499,7 +511,7 @@ def read_wait(headers: Mapping[str, str], now: datetime) -> float | None:
 def _parse(response: httpx.Response) -> object:
     try:
         return response.json()
-    except ValueError:  # JSON and Unicode errors are ValueErrors
+    except (ValueError, RecursionError):  # JSON and Unicode errors are ValueErrors
         pass
     raise RetryableError("the answer is not JSON", response.status_code)
 
@@ -508,13 +520,13 @@ def _parse_leniently(response: httpx.Response) -> object:
     """The JSON of an error's body, or its text."""
     try:
         return response.json()
-    except ValueError:
-        return response.text[: 4 * SHOWN]
+    except (ValueError, RecursionError):
+        return response.text
 
 
 def _given_up(error: RetryableError, waited: float, wait: float) -> ApiError:
     """The same error, once more, with what became of it."""
-    if error.wait is not None and error.wait > RETRY_SECONDS:
+    if error.wait is not None and waited + error.wait > RETRY_SECONDS:
         what = f"the server asks to wait {wait:,.0f} seconds; run the same command again after that"
     else:
         what = f"given up after {waited:.0f} seconds; run the same command again to go on"

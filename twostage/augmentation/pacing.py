@@ -100,7 +100,6 @@ class Pacer:
         if self._answers:
             answer_spacing = min(now - self._answers[0], _MINUTE) / len(self._answers)
         self._spacing = min(max(_SLOWER * self._spacing, answer_spacing), _SLOWER * answer_spacing)
-        self._next_by_requests = self._resume_at
         self._slowed_at = now
 
     def learn(self, headers: Mapping[str, str]) -> None:
