@@ -1,8 +1,8 @@
-"""Writing a file so that a reader meets all of it or none."""
+"""Writing files so that a reader meets all of what was written, or none."""
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -27,3 +27,36 @@ def replacing(path: Path) -> Iterator[TextIO]:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def append(descriptor: int, data: bytes) -> int:
+    """Put `data` at the end of an open file and on disk; returns where it begins.
+
+    When the disk refuses, the file is as it was: no half line may stand in front of later ones.
+    """
+    end = os.lseek(descriptor, 0, os.SEEK_END)
+    try:
+        left = memoryview(data)
+        while left:
+            left = left[os.write(descriptor, left) :]
+        os.fsync(descriptor)
+    except OSError:
+        os.ftruncate(descriptor, end)
+        raise
+    return end
+
+
+def open_to_append(path: Path) -> int:
+    """A descriptor for `append`; a file that is new, and its folders, are on disk by name."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.exists()
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, 0o666)
+    if is_new:
+        with suppress(OSError):  # Windows cannot open a folder
+            folder = os.open(path.parent, os.O_RDONLY)
+            try:
+                os.fsync(folder)
+            finally:
+                os.close(folder)
+    return descriptor

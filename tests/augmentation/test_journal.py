@@ -89,8 +89,8 @@ def test_appends_are_on_disk_when_they_return_and_share_an_fsync(
         real(file)
         synced.append(journal.path.read_bytes().count(b"\n"))
 
-    monkeypatch.setattr(os, "fsync", fsync)
     journal = open_journal(tmp_path)
+    monkeypatch.setattr(os, "fsync", fsync)
 
     async def append(i: int) -> None:
         await journal.append(str(i), GOOD)

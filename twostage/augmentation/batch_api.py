@@ -40,7 +40,6 @@ import json
 import os
 import warnings
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +48,7 @@ from urllib.parse import quote
 import httpx
 
 from ..errors import TwoStageWarning, UsageError, writing_to
+from ..files import append, open_to_append
 from .openai_client import (
     RETRY_SECONDS,
     SHOWN,
@@ -161,20 +161,11 @@ class _State:
     def record(self, **fields: Any) -> None:
         """Append a line; when this returns it is on disk, and the shards are what it says."""
         with writing_to(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            is_new = not self.path.exists()
-            with self.path.open("ab", buffering=0) as file:
-                end = file.seek(0, os.SEEK_END)
-                try:
-                    line = memoryview(json.dumps(fields).encode() + b"\n")
-                    while line:
-                        line = line[file.write(line) :]
-                    os.fsync(file.fileno())
-                except OSError:
-                    file.truncate(end)  # no half line may stay in front of later ones
-                    raise
-            if is_new:
-                _sync_folder(self.path.parent)
+            file = open_to_append(self.path)
+            try:
+                append(file, json.dumps(fields).encode() + b"\n")
+            finally:
+                os.close(file)
         self._apply(fields)
 
     def _read(self) -> None:
@@ -212,16 +203,6 @@ class _State:
                 self.batch_ids.add(fields["batch"])
         elif fields["done"]:
             del self.shards[file_id]
-
-
-def _sync_folder(folder: Path) -> None:
-    """Put a new file's name on disk, where the system can do that: Windows cannot."""
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 class _Job:
@@ -491,12 +472,10 @@ class _Job:
             return error
         if has_results or self._is_worth_another(shard, error):
             return None
-        quoted = "; ".join(map(_describe_problem, problems[:3]))
+        quoted = "; ".join(_describe_problem(p, self._client.hide) for p in problems[:3])
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        return self._without_key(
-            RejectedError(
-                f"{self._client.address}: the batch {batch['id']} is refused: {quoted}{more}", 400
-            )
+        return RejectedError(
+            f"{self._client.address}: the batch {batch['id']} is refused: {quoted}{more}", 400
         )
 
     async def _harvest(
@@ -639,7 +618,8 @@ def _list_problems(batch: Mapping[str, Any]) -> list[dict[str, Any]]:
     return [p for p in problems if isinstance(p, dict)] if isinstance(problems, list) else []
 
 
-def _describe_problem(problem: Mapping[str, Any]) -> str:
+def _describe_problem(problem: Mapping[str, Any], hide: Callable[[str], str]) -> str:
     line = f"line {problem['line']}: " if problem.get("line") else ""
-    message = " ".join(str(problem.get("message")).split())
+    # First hidden, then cut: nobody knows half a key for one.
+    message = " ".join(hide(str(problem.get("message"))).split())
     return f"{line}{message[:SHOWN]} ({problem.get('code')})"

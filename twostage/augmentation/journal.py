@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from ..errors import TwoStageWarning, UsageError, writing_to
+from ..files import append, open_to_append
 
 try:
     import fcntl
@@ -62,9 +63,7 @@ class Journal:
         self._writing: asyncio.Task[None] | None = None
         if not read_only:
             with writing_to(path):
-                path.parent.mkdir(parents=True, exist_ok=True)
-                flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_BINARY", 0)
-                self._file = os.open(path, flags, 0o666)
+                self._file = open_to_append(path)
         try:
             if not read_only:
                 self._lock()
@@ -98,19 +97,11 @@ class Journal:
         lines = [(key, _write_line(key, answer)) for key, answer in answers]
         if not lines:
             return
-        end = os.lseek(self._file, 0, os.SEEK_END)
         with writing_to(self.path):
-            try:
-                block = memoryview(b"".join(line for _, line in lines))
-                while block:
-                    block = block[os.write(self._file, block) :]
-                os.fsync(self._file)
-            except OSError:
-                os.ftruncate(self._file, end)  # no half line may stay in front of later ones
-                raise
+            offset = append(self._file, b"".join(line for _, line in lines))
         for key, line in lines:
-            self._offsets[key] = end
-            end += len(line)
+            self._offsets[key] = offset
+            offset += len(line)
 
     async def append(self, key: str, answer: Answer) -> None:
         """`add` one answer, together with those of all who ask while the disk is at work."""

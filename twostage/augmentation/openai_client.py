@@ -61,6 +61,11 @@ _MIN_SECRET = 12
 _OVERFLOW = re.compile("context length|maximum model length|available context size")
 """In what vLLM, SGLang and older llama.cpp say of a text that is too long."""
 
+_UNKNOWN_NAME = re.compile(
+    "unsupported|not supported|unrecogni[sz]ed|unknown|unexpected|extra|not permitted"
+)
+"""In what servers say of a parameter that they don't know, not of a value that they don't like."""
+
 
 class ApiError(TwoStageError):
     """Base of what the server, or the way to it, has against a call. Final, unless retryable."""
@@ -303,7 +308,9 @@ class OpenAIClient:
             attempt += 1
             patience = RETRY_SECONDS if self._heard_at is not None else REACH_SECONDS
             waited = self._clock() - max(failing_since, self._answered_at)
-            if attempt >= attempts or waited + wait > patience:
+            if attempt >= attempts:
+                raise outcome
+            if waited + wait > patience:
                 raise _given_up(outcome, waited, wait)
             if isinstance(outcome, ThrottledError):
                 self._pacer.throttled(sent_at, wait)
@@ -476,7 +483,7 @@ def read_error(
             "in /v1",
             status,
         )
-    if status in (400, 422) and "max_completion_tokens" in text:
+    if status in (400, 422) and "max_completion_tokens" in text and _UNKNOWN_NAME.search(text):
         return UnsupportedLimitError(said, status)
     retryable = status in (408, 409, 429) or status >= 500
     if should_retry.lower() in ("true", "false"):
