@@ -380,7 +380,8 @@ def _downsample(options: argparse.Namespace) -> None:
 
 
 def _augment(options: argparse.Namespace) -> None:
-    from .augmentation.folder import Server, augment_folder, edit_folder, estimate_folder
+    from .augmentation.estimate import estimate_folder
+    from .augmentation.folder import Server, augment_folder, edit_folder
     from .augmentation.openai_client import OPENAI_URL
     from .augmentation.paraphrase import PROMPT, EditSettings, ParaphraseSettings
     from .augmentation.prices import Price

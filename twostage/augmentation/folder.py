@@ -28,8 +28,8 @@ from ..errors import DataError, PartialOutputError, TwoStageError, UsageError, w
 from ..files import replacing
 from ..printing import format_table
 from . import journal as journals
-from .answering import EditedTexts, Interrupted, ServerAnswers, Spending, Stop, show_dollars
-from .balancing import Walk, choose_rows, count_draws
+from .answering import EditedTexts, Interrupted, ServerAnswers, Spending, Stop
+from .balancing import choose_rows
 from .journal import Journal
 from .openai_client import OPENAI_URL, READ_SECONDS, ApiKey, OpenAIClient, check_base_url
 from .pacing import Pacer
@@ -38,9 +38,8 @@ from .paraphrase import (
     ParaphraseSettings,
     Pool,
     ask_in_rounds,
-    estimate_tokens,
 )
-from .prices import BATCH_SHARE, DATE, Price, find_price
+from .prices import Price, find_price
 from .quality import BAD
 
 AUG, PARTIAL, REPORT, BATCHES = (
@@ -50,10 +49,6 @@ AUG, PARTIAL, REPORT, BATCHES = (
     "batches.jsonl",
 )
 HEADER = ("org_ind", "text", "label")
-ANSWER_SECONDS = 1.0
-"""What an estimate of the time takes for one answer; a chat model writes a short one in that."""
-MESSAGE_TOKENS = 8
-"""What a message takes beside its text."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +83,7 @@ class Server:
 
 
 @dataclass(frozen=True)
-class _Data:
+class TrainingData:
     """A training table, and where things about it go."""
 
     folder: Path
@@ -97,8 +92,14 @@ class _Data:
     labels_N: np.ndarray
 
     @property
+    def counts_C(self) -> list[int]:
+        """Rows of each class."""
+        counts: list[int] = np.bincount(self.labels_N).tolist()
+        return counts
+
+    @property
     def num_majority(self) -> int:
-        return int(np.bincount(self.labels_N).max())
+        return max(self.counts_C)
 
 
 def augment_folder(
@@ -116,14 +117,14 @@ def augment_folder(
     budget is used up or a class stays short; KeyboardInterrupt, or whatever the process does on
     SIGTERM, when it was asked to stop. In all of these cases what was paid for is kept.
     """
-    data = _read(data_path, encoding)
-    spending = Spending(_find_price(settings, server), server.budget)
+    data = read_folder(data_path, encoding)
+    spending = Spending(find_server_price(settings, server), server.budget)
     pool = Pool(data.table, data.labels_N)
     started = time.monotonic()
     reason: Exception | None = None
     with ExitStack() as stack:
         journal = stack.enter_context(closing(Journal(data_path / journals.NAME)))
-        elsewhere = [stack.enter_context(closing(j)) for j in _other_journals(journal)]
+        elsewhere = [stack.enter_context(closing(j)) for j in other_journals(journal)]
 
         async def run() -> None:
             stop = Stop()
@@ -189,7 +190,7 @@ def edit_folder(
     say: Callable[[str], None] = print,
 ) -> None:
     """The same files from the offline generator: lexical edits of the texts, no paraphrases."""
-    data = _read(data_path, encoding)
+    data = read_folder(data_path, encoding)
     details = {"generator": "lexical edits", "seed": settings.seed}
     _finish(data, edit_texts(data.table, data.labels_N, settings), None, details, "", say)
 
@@ -209,56 +210,6 @@ def choose_table(pool: Pool, classes: Classes) -> list[tuple[int, str, str]]:
     labels = pool.labels_N[[p.row for p in paraphrases]]
     chosen = choose_rows(labels, len(classes), max(pool.counts_C))
     return [(paraphrases[i].row, paraphrases[i].text, classes.names[labels[i]]) for i in chosen]
-
-
-def estimate_folder(
-    data_path: Path, settings: ParaphraseSettings, server: Server, *, encoding: str = "utf-8"
-) -> str:
-    """What a run would ask for, and about what that would take, without a single call."""
-    data = _read(data_path, encoding)
-    price = _find_price(settings, server)
-    with ExitStack() as stack:
-        own = Journal(data_path / journals.NAME, read_only=True)
-        known = [stack.enter_context(closing(j)) for j in (own, *_other_journals(own))]
-        draws = Walk(data.table.texts, data.labels_N).deal(count_draws(_counts(data)))
-        texts = [(data.table.texts[draw.row], draw.repeat) for draw in draws]
-        missing = [t for t, n in texts if not any(settings.key(t, n, 0) in j for j in known)]
-    prompt_tokens = sum(estimate_tokens(settings.message(t)) + MESSAGE_TOKENS for t in missing)
-    completion_tokens = sum(estimate_tokens(t) for t in missing)
-    seconds = max(
-        len(missing) * ANSWER_SECONDS / server.concurrency,
-        len(missing) * 60 / (server.requests_per_minute or float("inf")),
-        (prompt_tokens + completion_tokens) * 60 / (server.tokens_per_minute or float("inf")),
-    )
-    known_already = f" ({len(texts) - len(missing):,} are there already)"
-    lines = [
-        f"answers  {len(texts):,} wanted, for {len(data.classes)} classes of "
-        f"{data.num_majority:,} rows{known_already if len(missing) < len(texts) else ''}",
-        f"calls    {len(missing):,}; a duplicate, a copy or a refusal costs up to 2 more",
-        f"tokens   about {prompt_tokens:,} of prompts and {completion_tokens:,} of answers, "
-        "at 4 bytes a token",
-    ]
-    if price:
-        dollars = price.cost(prompt_tokens, completion_tokens)
-        share = BATCH_SHARE if server.batch else 1.0
-        by_batch = (
-            "" if server.batch else f"; with --batch about {show_dollars(BATCH_SHARE * dollars)}"
-        )
-        listed = "as given" if server.price else f"as listed in {DATE}"
-        lines.append(
-            f"cost     about {show_dollars(share * dollars)} (${price.prompt:g} and "
-            f"${price.completion:g} a million tokens, {listed}){by_batch}"
-        )
-    else:
-        lines.append(f"cost     unknown: no price for '{settings.model}'; give one with --price")
-    if server.batch:
-        lines.append("time     up to 24 hours for each batch of 50,000")
-    else:
-        lines.append(
-            f"time     about {_show_seconds(seconds)}, {server.concurrency} calls at once, "
-            f"{ANSWER_SECONDS:g} second an answer"
-        )
-    return "\n".join(lines)
 
 
 def describe_spending(spending: Spending) -> str:
@@ -290,7 +241,7 @@ def format_quality(pool: Pool, names: tuple[str, ...]) -> str:
 
 
 def _finish(
-    data: _Data,
+    data: TrainingData,
     pool: Pool,
     reason: Exception | None,
     details: dict[str, Any],
@@ -360,7 +311,7 @@ def _replace_table(path: Path, rows: list[tuple[int, str, str]]) -> None:
 
 
 def _describe(
-    data: _Data, pool: Pool, reason: Exception | None, details: dict[str, Any], num_rows: int
+    data: TrainingData, pool: Pool, reason: Exception | None, details: dict[str, Any], num_rows: int
 ) -> dict[str, Any]:
     """The content of `augment_report.json`."""
     classes = [
@@ -400,20 +351,15 @@ def _describe(
     }
 
 
-def _read(data_path: Path, encoding: str) -> _Data:
+def read_folder(data_path: Path, encoding: str) -> TrainingData:
     if not data_path.is_dir():
         raise DataError(f"there is no data folder '{data_path}'; it should hold train.csv")
     table = read_table(data_path / "train.csv", encoding)
     classes = find_classes(table)
-    return _Data(data_path, table, classes, classes.encode(table))
+    return TrainingData(data_path, table, classes, classes.encode(table))
 
 
-def _counts(data: _Data) -> list[int]:
-    counts: list[int] = np.bincount(data.labels_N).tolist()
-    return counts
-
-
-def _find_price(settings: ParaphraseSettings, server: Server) -> Price | None:
+def find_server_price(settings: ParaphraseSettings, server: Server) -> Price | None:
     price = server.price or find_price(settings.model)
     if server.budget is not None and price is None:
         raise UsageError(
@@ -423,14 +369,8 @@ def _find_price(settings: ParaphraseSettings, server: Server) -> Price | None:
     return price
 
 
-def _other_journals(journal: Journal) -> list[Journal]:
+def other_journals(journal: Journal) -> list[Journal]:
     """Those of the folders beside this one: other rates of the same texts have the same answers."""
     own = journal.path.resolve()
     paths = sorted(own.parent.parent.glob(f"*/{journals.NAME}"))
     return [Journal(path, read_only=True) for path in paths if path.resolve() != own]
-
-
-def _show_seconds(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.0f} seconds"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,74 @@
+"""What a run would ask for, and about what that would take, without a single call."""
+
+from contextlib import ExitStack, closing
+from pathlib import Path
+
+from . import journal as journals
+from .answering import show_dollars
+from .balancing import Walk, count_draws
+from .folder import Server, find_server_price, other_journals, read_folder
+from .journal import Journal
+from .paraphrase import ParaphraseSettings, estimate_tokens
+from .prices import BATCH_SHARE, DATE
+
+ANSWER_SECONDS = 1.0
+"""For one answer: a chat model writes a short one in that."""
+MESSAGE_TOKENS = 8
+"""What a message takes beside its text."""
+
+
+def estimate_folder(
+    data_path: Path, settings: ParaphraseSettings, server: Server, *, encoding: str = "utf-8"
+) -> str:
+    """Answers wanted, calls, tokens, cost and time, a line each.
+
+    Only the walk itself is counted: who will have to be asked again, nobody knows before.
+    """
+    data = read_folder(data_path, encoding)
+    price = find_server_price(settings, server)
+    with ExitStack() as stack:
+        own = Journal(data_path / journals.NAME, read_only=True)
+        known = [stack.enter_context(closing(j)) for j in (own, *other_journals(own))]
+        draws = Walk(data.table.texts, data.labels_N).deal(count_draws(data.counts_C))
+        texts = [(data.table.texts[draw.row], draw.repeat) for draw in draws]
+        missing = [t for t, n in texts if not any(settings.key(t, n, 0) in j for j in known)]
+    prompt_tokens = sum(estimate_tokens(settings.message(t)) + MESSAGE_TOKENS for t in missing)
+    completion_tokens = sum(estimate_tokens(t) for t in missing)
+    seconds = max(
+        len(missing) * ANSWER_SECONDS / server.concurrency,
+        len(missing) * 60 / (server.requests_per_minute or float("inf")),
+        (prompt_tokens + completion_tokens) * 60 / (server.tokens_per_minute or float("inf")),
+    )
+    known_already = f" ({len(texts) - len(missing):,} are there already)"
+    lines = [
+        f"answers  {len(texts):,} wanted, for {len(data.classes)} classes of "
+        f"{data.num_majority:,} rows{known_already if len(missing) < len(texts) else ''}",
+        f"calls    {len(missing):,}; a duplicate, a copy or a refusal costs up to 2 more",
+        f"tokens   about {prompt_tokens:,} of prompts and {completion_tokens:,} of answers, "
+        "at 4 bytes a token",
+    ]
+    if price:
+        dollars = price.cost(prompt_tokens, completion_tokens)
+        halved = show_dollars(BATCH_SHARE * dollars)
+        total = f"{halved}, at half of" if server.batch else f"{show_dollars(dollars)}, at"
+        listed = "as given" if server.price else f"as listed in {DATE}"
+        lines.append(
+            f"cost     about {total} ${price.prompt:g} and ${price.completion:g} a million tokens, "
+            f"{listed}{'' if server.batch else f'; with --batch about {halved}'}"
+        )
+    else:
+        lines.append(f"cost     unknown: no price for '{settings.model}'; give one with --price")
+    if server.batch:
+        lines.append("time     up to 24 hours for each batch of 50,000")
+    else:
+        lines.append(
+            f"time     about {_show_seconds(seconds)}, {server.concurrency} calls at once, "
+            f"{ANSWER_SECONDS:g} second an answer"
+        )
+    return "\n".join(lines)
+
+
+def _show_seconds(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
