@@ -193,13 +193,17 @@ def describe(record: dict[str, Any]) -> str:
     rows = []
     for row in record["rows"]:
         if "error" in row:
-            rows.append([row["way"], f"{row['delay']:g}", row["error"], "", "", ""])
+            rows.append([row["way"], f"{row['delay']:g}", row["error"], "", "", "", "", ""])
             continue
         rate = row["calls"] / row["seconds"]
         ideal = record["concurrency"] / row["delay"] if row["delay"] else None
-        memory = ""
+        memory = ["", "", ""]
         if "mib_at_the_end" in row:
-            memory = f"{row['mib_after_a_tenth']:.0f} → {row['mib_at_the_end']:.0f}"
+            memory = [
+                f"{row['mib_after_a_tenth']:.0f} → {row['mib_at_the_end']:.0f}",
+                f"{row['bytes_an_answer']:.0f}",
+                f"{row['mib_peak']:.0f}",
+            ]
         rows.append(
             [
                 row["way"],
@@ -207,7 +211,7 @@ def describe(record: dict[str, Any]) -> str:
                 row["calls"],
                 f"{rate:,.1f}",
                 f"{rate / ideal:.0%}" if ideal else "",
-                memory,
+                *memory,
             ]
         )
     header = [
@@ -217,6 +221,8 @@ def describe(record: dict[str, Any]) -> str:
         "answers a second",
         "of what is possible",
         "memory, MiB",
+        "bytes an answer",
+        "peak, MiB",
     ]
     reopened = record["reopened"]
     return (

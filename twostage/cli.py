@@ -33,7 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     previous = signal.signal(signal.SIGTERM, terminate)
     try:
-        options = _make_parser().parse_args(arguments)
+        parser = _make_parser()
+        options, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            # Their names alone: a value may be a key that was given under a wrong name.
+            names = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+            parser.error(f"unrecognized arguments: {' '.join(names) or 'a word too many'}")
         with warnings.catch_warnings():
             warnings.simplefilter("default", TwoStageWarning)
             warnings.showwarning = _show_warning
@@ -396,9 +401,9 @@ def _augment(options: argparse.Namespace) -> None:
     base_url = options.base_url or os.environ.get("OPENAI_BASE_URL") or OPENAI_URL
     settings = ParaphraseSettings(
         model=options.model,
-        prompt=options.prompt or PROMPT,
+        prompt=PROMPT if options.prompt is None else options.prompt,
         temperature=options.temperature,
-        max_tokens=options.max_completion_tokens,
+        max_completion_tokens=options.max_completion_tokens,
     )
     server = Server(
         base_url=base_url,
@@ -406,7 +411,7 @@ def _augment(options: argparse.Namespace) -> None:
         concurrency=options.concurrency,
         requests_per_minute=options.requests_per_minute,
         tokens_per_minute=options.tokens_per_minute,
-        read_seconds=options.timeout,
+        timeout=options.timeout,
         batch=options.batch,
         price=Price(*options.price) if options.price else None,
         budget=options.budget,
@@ -424,18 +429,21 @@ def _find_api_key(options: argparse.Namespace, base_url: str) -> "ApiKey | None"
     from .augmentation.openai_client import OPENAI_URL, ApiKey
 
     if options.api_key:
+        key, options.api_key = options.api_key, None  # no traceback is to find it there
         warnings.warn(
             "a key on the command line can be read by every user of this machine; set "
             "OPENAI_API_KEY or give --api-key-file instead",
             TwoStageWarning,
             stacklevel=2,
         )
-        return ApiKey(options.api_key, "-k")
+        return ApiKey(key, "-k")
     if options.api_key_file:
         try:
             return ApiKey(options.api_key_file.read_text(encoding="utf-8"), "--api-key-file")
         except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"--api-key-file {options.api_key_file}: {error}") from None
+            # Not its name: people put the key itself there.
+            problem = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise UsageError(f"the file of --api-key-file cannot be read: {problem}") from None
     if os.environ.get("OPENAI_API_KEY"):
         return ApiKey(os.environ["OPENAI_API_KEY"], "OPENAI_API_KEY")
     if base_url == OPENAI_URL:

@@ -21,6 +21,7 @@ from twostage.augmentation.journal import Journal
 from twostage.augmentation.paraphrase import PROMPT, ParaphraseSettings
 from twostage.cli import main
 from twostage.data.tables import read_table, write_table
+from twostage.errors import UsageError
 
 from .conftest import ApiServer, Reply, completion, default_reply, error, phrase
 from .test_batch_api import BatchApi, Plan, Routes, answer, expiry, result
@@ -271,10 +272,13 @@ def test_an_earlier_table_is_kept_and_a_partial_one_goes_when_the_job_is_done(
     (folder / "aug.csv").write_text("the authors' own\n")
     (folder / "aug.partial.csv").write_text("of an earlier run\n")
     augment(folder, server)
-    assert (folder / "aug.csv.previous").read_text() == "the authors' own\n"
+    ours = (folder / "aug.csv").read_text()
     assert not (folder / "aug.partial.csv").exists()
     augment(folder, server)
+    assert not (folder / "aug.csv.previous-2").exists(), "it is the same"
+    augment(folder, server, "--model", "b")
     assert (folder / "aug.csv.previous").read_text() == "the authors' own\n"
+    assert (folder / "aug.csv.previous-2").read_text() == ours
 
 
 @pytest.mark.parametrize(
@@ -343,6 +347,122 @@ def test_a_storm_of_passing_faults_changes_nothing(folder: Path, server: ApiServ
     assert (folder / "aug.csv").read_text() == expected_table(folder)
     assert set(server.answered.values()) == {1}
     assert len(server.calls) == CALLS + len(faults)
+
+
+def test_a_text_that_the_server_stumbles_over_costs_its_own_draws_alone(
+    folder: Path,
+    server: ApiServer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("twostage.augmentation.openai_client.RETRY_SECONDS", 1.0)
+    victim = read_table(folder / "train.csv").texts[3]
+
+    def reply(request_id: str, body: Any) -> Reply:
+        return error(500, "oops") if source_of(body) == victim else default_reply(request_id)
+
+    server.reply = reply
+    server.delay = 0.02
+    assert augment(folder, server, "--concurrency", "2") == 0
+    printed = capsys.readouterr().out
+    assert "train.csv, line 5: no answer, though others had theirs" in printed
+    assert "oops" in printed
+    assert Counter(read_table(folder / "aug.csv").labels) == {"0": POSITIVE, "1": POSITIVE}
+    assert "line 5" in report_of(folder)["failed"][0]["where"]
+    server.reply = default_reply
+    assert augment(folder, server) == 0
+    assert (folder / "aug.csv").read_text() == expected_table(folder), "healed in the next run"
+
+
+@pytest.mark.parametrize("how", ["one by one", "in batches"])
+def test_a_job_whose_every_answer_is_useless_stops_before_it_has_paid_for_all(
+    folder: Path,
+    server: ApiServer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    how: str,
+) -> None:
+    make_folder(folder, 60, 200)
+    cut = lambda key, body: completion("", finish_reason="length")  # noqa: E731
+    batch = ["--batch"] if how == "in batches" else []
+    if batch:
+        monkeypatch.setattr("twostage.augmentation.batch_api.FIRST_POLL_SECONDS", 0.01)
+        plans = [Plan(answer=lambda key, body: result(key, cut(key, body))) for _ in range(5)]
+        server.routes = BatchRoutes(BatchApi(*plans))
+    server.reply = cut
+    assert augment(folder, server, "--concurrency", "4", *batch) == 6
+    printed = capsys.readouterr()
+    assert "no answer was of any use so far (" in printed.err
+    assert "truncated" in printed.err
+    assert "--max-completion-tokens" in printed.err
+    assert "answers of this run" in printed.out, "and what it cost is said"
+    asked = len(server.calls)
+    assert asked <= 50 + 4
+    assert augment(folder, server, "--concurrency", "4") == 6
+    assert len(server.calls) == asked, "what is known already is not paid for again"
+    server.reply = default_reply
+    assert augment(folder, server, "--max-completion-tokens", "500") == 0
+
+
+@pytest.mark.parametrize("usage", [(10, 5), None])
+def test_answers_with_characters_that_no_table_can_hold_are_cleaned(
+    folder: Path, server: ApiServer, usage: tuple[int, int] | None
+) -> None:
+    def reply(request_id: str, body: Any) -> Reply:
+        return completion(f"half \ud83d of\0 {phrase(request_id)}\x1b\r\n", usage=usage)
+
+    server.reply = reply
+    assert augment(folder, server) == 0
+    texts = read_table(folder / "aug.csv").texts
+    assert len(texts) == 2 * POSITIVE
+    assert all(text.startswith("half  of ") for text in texts)
+    calls = len(server.calls)
+    assert augment(folder, server) == 0
+    assert len(server.calls) == calls
+
+
+def test_long_texts_ask_for_no_more_than_the_published_model_gives(
+    folder: Path, server: ApiServer
+) -> None:
+    write_table(folder / "train.csv", ("text", "label"), [("word " * 5_000, 0), ("short", 1)])
+    assert augment(folder, server) == 0
+    limits = {call.body["max_completion_tokens"] for call in server.calls}
+    assert limits == {4096, 64 + len("short") // 2}
+
+
+def test_an_older_table_is_not_taken_for_what_a_partial_job_made(
+    folder: Path, server: ApiServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    augment(folder, server)
+    (folder / "aug.partial.csv").write_text("of an earlier run\n")
+    server.reply = lambda request_id, body: error(401, "no")
+    capsys.readouterr()
+    assert augment(folder, server, "--model", "b") == 5
+    assert "aug.csv is still that of an earlier run" in capsys.readouterr().out
+    assert not (folder / "aug.partial.csv").exists(), "nor is an older partial one"
+
+
+def test_a_disk_that_is_full_does_not_hide_why_the_job_ended(
+    folder: Path,
+    server: ApiServer,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def write_table(path: Path, *arguments: object) -> None:
+        raise UsageError(f"cannot write '{path}': No space left on device")
+
+    monkeypatch.setattr("twostage.augmentation.folder.write_table", write_table)
+    server.script = [default_reply] * 12 + [error(401, "revoked")] * 40
+    assert augment(folder, server, "--concurrency", "4") == 5
+    printed = capsys.readouterr()
+    assert "the key is refused: revoked" in printed.err
+    assert "aug.partial.csv': No space left" in printed.out
+    server.script = []
+    assert augment(folder, server) == 2
+    assert "aug.csv.new': No space left" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert augment(folder, server) == 0
+    assert set(server.answered.values()) == {1}
 
 
 def test_only_a_text_that_is_too_long_is_shortened_and_that_is_said(
@@ -586,7 +706,7 @@ def test_by_batches_bad_answers_are_asked_again_and_long_texts_one_by_one(
             return error(400, "filtered", "content_filter")
         return reply(request_id, body)
 
-    other = make_folder(folder.parent.parent / "elsewhere" / "0.3")
+    other = make_folder(folder.parent / "elsewhere" / "0.3")
     server.reply = reply_with_filter
     assert augment(other, server) == 0
     assert (other / "aug.csv").read_bytes() == in_batches
@@ -640,6 +760,36 @@ def test_ctrl_c_leaves_batches_at_the_server_and_the_next_run_harvests_them(
     assert (folder / "aug.csv").read_text() == expected_table(folder)
 
 
+@pytest.mark.usefixtures("_quick_polls")
+def test_what_is_under_way_in_batches_is_not_asked_for_again_one_by_one(
+    folder: Path, server: ApiServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api = BatchApi(Plan(polls=10**9))
+    server.routes = BatchRoutes(api)
+    process = start(folder, server, "--batch")
+    wait_until(lambda: api.count("POST", "/v1/batches") > 0)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=12)
+    assert process.returncode == 143
+    assert augment(folder, server) == 2
+    assert f"{CALLS} of the requests are under way in batches" in capsys.readouterr().err
+    assert server.calls == []
+    assert augment(folder, server, "--dry-run") == 0
+    assert f"{CALLS} under way in batches\ncalls    0;" in capsys.readouterr().out
+    # Batches that nobody waits for any more are harvested all the same.
+    journal = folder / "paraphrases.jsonl"
+    api._plan["batch-0"].polls = 0
+    other = make_folder(folder.parent / "elsewhere" / "0.3")
+    assert augment(other, server) == 0
+    journal.write_bytes((other / "paraphrases.jsonl").read_bytes())
+    calls = len(server.calls)
+    assert augment(folder, server, "--batch") == 0
+    assert (len(server.calls), len(api.batches)) == (calls, 1)
+    assert api.count("GET", "/v1/files/") > 0
+    assert (folder / "aug.csv").read_text() == expected_table(folder)
+
+
 def test_the_key_comes_from_a_file_or_the_environment_and_is_nowhere_else(
     folder: Path,
     server: ApiServer,
@@ -658,9 +808,13 @@ def test_the_key_comes_from_a_file_or_the_environment_and_is_nowhere_else(
     assert server.calls[-1].headers["authorization"] == f"Bearer another-{KEY}"
     printed = capsys.readouterr()
     assert "can be read by every user of this machine" in printed.err
-    assert KEY not in printed.err + printed.out
-    for path in folder.iterdir():
-        assert KEY not in path.read_text()
+    server.reply = lambda request_id, body: completion(f"{default_reply(request_id)} {KEY}")
+    assert augment(folder, server, "--model", "d", "-k", KEY) == 0
+    written = printed.err + printed.out + "".join(capsys.readouterr())
+    written += "".join(path.read_text() for path in folder.iterdir())
+    assert "[key]" in written
+    assert KEY not in written
+    assert KEY[::-1] not in written
 
 
 def test_a_server_of_ones_own_needs_no_key(folder: Path, server: ApiServer) -> None:
@@ -682,16 +836,22 @@ def test_the_base_url_may_come_from_the_environment(
         ([], 2, "OPENAI_API_KEY"),
         (["--base-url", "localhost:8000"], 2, "base URL"),
         (["--base-url", "http://me:secret@localhost/v1"], 2, "user name or password"),
-        (["--api-key-file", "no-such-file"], 2, "no-such-file"),
+        (["--api-key-file", "sk-secret"], 2, "--api-key-file cannot be read: No such file"),
+        (["--apikey", "sk-secret"], 2, "unrecognized arguments: --apikey"),
+        (["--key=sk-secret"], 2, "unrecognized arguments: --key"),
+        (["sk-secret"], 2, "a word too many"),
         (["-k", "two words"], 2, "-k is empty or holds"),
         (["-k", "x", "--concurrency", "0"], 2, "concurrency is 0"),
         (["-k", "x", "--budget", "-1"], 2, "budget is -1"),
         (["-k", "x", "--price", "1"], 2, "--price"),
+        (["-k", "x", "--price=-1,2"], 2, "price is -1.0,2.0"),
+        (["-k", "x", "--price", "nan,2"], 2, "price is nan,2.0"),
+        (["-k", "x", "--max-completion-tokens", "0"], 2, "max_completion_tokens is 0"),
         (["-k", "x", "--model", "mine", "--budget", "1"], 2, "--price"),
         (["-k", "x", "--model", " "], 2, "model is empty"),
         (["-k", "x", "--prompt", " "], 2, "prompt is empty"),
         (["-k", "x", "--temperature", "3"], 2, "temperature is 3"),
-        (["-k", "x", "--timeout", "nan"], 2, "read_seconds is nan"),
+        (["-k", "x", "--timeout", "nan"], 2, "timeout is nan"),
         (["--offline", "--dry-run"], 2, "--offline calls nobody"),
         (["--offline", "--batch"], 2, "--offline calls nobody"),
         (["-d", "nowhere", "-k", "x"], 3, "no data folder 'nowhere'"),
@@ -707,7 +867,11 @@ def test_what_cannot_be_used_is_said_in_a_sentence(
     said: str,
 ) -> None:
     before = sorted(folder.iterdir())
-    assert main(["augment", "-d", str(folder), *arguments]) == code
+    try:
+        ended = main(["augment", "-d", str(folder), *arguments])
+    except SystemExit as by_argparse:
+        ended = int(by_argparse.code or 0)
+    assert ended == code
     printed = capsys.readouterr().err
     assert said in printed
     assert "secret" not in printed
@@ -754,4 +918,4 @@ def test_two_stages_train_on_the_table(folder: Path, tiny: Path) -> None:
     command = ["train", "--method", "augment", "-d", str(folder), "-o", str(folder / "out")]
     assert main([*command, "--model", str(tiny), "--seeds", "7"]) == 0
     metrics = json.loads((folder / "out" / "metrics.json").read_text())
-    assert metrics["data"]["augmented"].endswith("aug.csv") if "data" in metrics else True
+    assert metrics["inputs"]["augmented"] == str(folder / "aug.csv")

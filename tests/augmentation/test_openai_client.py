@@ -35,12 +35,14 @@ from twostage.augmentation.openai_client import (
     Completion,
     ContentFilterError,
     ContextOverflowError,
+    FailsAloneError,
     OpenAIClient,
     QuotaError,
     RejectedError,
     RetryableError,
     ThrottledError,
     UnknownModelError,
+    UnreachableError,
     chat_body,
     check_base_url,
 )
@@ -258,8 +260,6 @@ TOO_FEW = [
     b'{"choices": [null]}',
     b'{"choices": [{}]}',
     b'{"choices": [{"message": null}]}',
-    b'{"choices": [{"message": {"content": ["text"]}}]}',
-    b'{"choices": [{"message": {"content": 5}}]}',
 ]
 
 
@@ -496,27 +496,104 @@ def test_after_a_429_to_one_call_all_others_wait_too() -> None:
     run_in_virtual_time(main())
 
 
-def test_a_call_that_fails_goes_on_failing_as_long_as_others_are_answered() -> None:
-    async def main() -> float:
+def ask_one_in_vain(status: int) -> tuple[float, type[BaseException]]:
+    """How long a call goes on that always meets `status`, while others are answered now and then
+    for 2,000 seconds; and what it ends with."""
+
+    async def main() -> tuple[float, type[BaseException]]:
         loop = asyncio.get_running_loop()
 
         def respond(request: httpx.Request) -> httpx.Response:
             if request.headers["X-Client-Request-Id"] == "unlucky":
-                return httpx.Response(500)
+                return httpx.Response(status)
             return httpx.Response(200, json=default_reply("x").body)
+
+        async def ask(client: OpenAIClient) -> tuple[float, type[BaseException]]:
+            with pytest.raises(RetryableError) as told:
+                await client.complete(BODY, request_id="unlucky")
+            return loop.time(), told.type
 
         async with OpenAIClient(
             "http://server/v1", transport=httpx.MockTransport(respond), clock=loop.time
         ) as client:
-            unlucky = asyncio.create_task(client.complete(BODY, request_id="unlucky"))
-            for _ in range(10):
-                await asyncio.sleep(200)
+            unlucky = asyncio.create_task(ask(client))
+            for _ in range(20):
+                await asyncio.sleep(100)
                 await client.complete(BODY, request_id="lucky")
-            with pytest.raises(RetryableError):
-                await unlucky
-        return loop.time()
+            return await unlucky
 
-    assert 2_000 + RETRY_SECONDS - 8 < run_in_virtual_time(main()) <= 2_000 + RETRY_SECONDS
+    return run_in_virtual_time(main())
+
+
+def test_a_call_that_fails_while_others_are_answered_fails_alone() -> None:
+    seconds, kind = ask_one_in_vain(500)
+    assert kind is FailsAloneError
+    assert RETRY_SECONDS - 8 < seconds <= RETRY_SECONDS
+
+
+def test_too_many_says_nothing_of_the_call_and_is_borne_as_long_as_others_are_answered() -> None:
+    seconds, kind = ask_one_in_vain(429)
+    assert kind is ThrottledError
+    assert seconds > 2_000 + RETRY_SECONDS - 8
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        ([{"type": "text", "text": "a fine "}, {"type": "text", "text": "film"}], "a fine film"),
+        ([{"type": "image"}, "film", {"text": 5}], ""),
+        (5, ""),
+        (None, ""),
+    ],
+)
+def test_an_answer_that_was_paid_for_is_taken_whatever_its_content(
+    server: ApiServer, clock: Clock, content: Any, text: str
+) -> None:
+    server.reply = always(completion(content))
+    assert ask(server.url, clock).content == text
+    assert len(server.calls) == 1
+
+
+def test_a_slow_server_is_not_one_that_cannot_be_reached(server: ApiServer, clock: Clock) -> None:
+    """A first answer that does not come in time is waited for again."""
+
+    def respond(request: httpx.Request) -> httpx.Response:
+        clock.time += 120
+        if clock.time < 1_200:
+            raise httpx.ReadTimeout("", request=request)
+        return httpx.Response(200, json=default_reply("x").body)
+
+    async def main() -> str:
+        async with OpenAIClient(
+            "http://server/v1",
+            transport=httpx.MockTransport(respond),
+            clock=clock,
+            sleep=clock.sleep,
+        ) as client:
+            return (await client.complete(BODY, request_id="x")).content
+
+    assert asyncio.run(main()) == phrase("x")
+
+
+@pytest.mark.parametrize(
+    ("code", "param", "message"),
+    [
+        ("unsupported_parameter", "max_completion_tokens", "Unsupported parameter."),
+        (None, None, "Unrecognized request argument supplied: max_completion_tokens"),
+        (None, None, "body.max_completion_tokens: Extra inputs are not permitted"),
+    ],
+)
+def test_an_older_server_is_recognised_by_any_of_its_words(
+    server: ApiServer, clock: Clock, code: str | None, param: str | None, message: str
+) -> None:
+    server.script = [error(400, message, code=code, param=param)]
+    assert ask(server.url, clock).content == phrase("call-1")
+    assert "max_tokens" in server.calls[1].body
+
+
+def test_the_key_is_hidden_in_an_answer_that_repeats_it(server: ApiServer, clock: Clock) -> None:
+    server.reply = always(completion(f"the key is {KEY}"))
+    assert ask(server.url, clock).content == "the key is [key]"
 
 
 # Connections
@@ -531,7 +608,7 @@ def free_port() -> int:
 def test_a_server_that_was_never_reached_is_given_up_soon(server: ApiServer, clock: Clock) -> None:
     url = f"http://127.0.0.1:{free_port()}/v1"
     told = refusal(url, clock)
-    assert (type(told), told.exit_code, told.status) == (RetryableError, 4, None)
+    assert (type(told), told.exit_code, told.status) == (UnreachableError, 4, None)
     assert f"cannot connect to {url}" in str(told)
     assert 7 < clock.time - 1_000 <= REACH_SECONDS == 15
 

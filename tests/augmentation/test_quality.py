@@ -31,6 +31,7 @@ from twostage.data.tables import Table
         ("'it's a fine film'", "it's a fine film"),
         ("«un beau film»", "un beau film"),
         ("---\n\na fine film\n\n---", "a fine film"),
+        ("a\x00 fine\x1b film\ud83d", "a fine film"),
         ("<think>\nhm, a film\n</think>\n\na fine film", "a fine film"),
         # left alone
         ('"fine" and "good"', '"fine" and "good"'),
@@ -90,6 +91,10 @@ def test_a_model_that_declines_is_recognised(text: str) -> None:
         "it looks like a film made to provide thrills",
         "please provide a film with heart",
         "a sorry excuse for a film",
+        "I don't have any patience for this film",
+        "I can't generate enthusiasm for this film",
+        "As an AI thriller it barely works.",
+        "Unfortunately, the text is missing a plot",
     ],
 )
 def test_a_text_that_only_sounds_like_it_is_not(text: str) -> None:

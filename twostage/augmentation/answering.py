@@ -12,7 +12,7 @@ anything new after that; what is on its way may still arrive.
 import asyncio
 import signal
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -20,25 +20,30 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TypeVar
 
-from ..errors import PartialOutputError
+from ..errors import PartialOutputError, UsageError
 from ..progress import Bar, progress_bar
-from .batch_api import answer_by_batches
+from .batch_api import answer_by_batches, keys_under_way
 from .journal import Answer, Journal
 from .lexical_edits import LexicalEditor
 from .openai_client import (
     Completion,
     ContentFilterError,
     ContextOverflowError,
+    FailsAloneError,
     OpenAIClient,
     RejectedError,
 )
 from .paraphrase import PROMPT_FILTER, ParaphraseSettings, Pool, Request, Round, estimate_tokens
 from .prices import BATCH_SHARE, Price
+from .quality import COPY, GOOD, TRUNCATED, clean, judge
 
 T = TypeVar("T")
 
-GRACE_SECONDS = 8.0
-"""How long after a signal answers on their way may still arrive. A second signal ends that."""
+GRACE_SECONDS = {signal.SIGINT: 30.0, signal.SIGTERM: 8.0}
+"""How long after a signal answers on their way may still arrive. A second signal ends that. Who
+sends SIGTERM often sends SIGKILL ten seconds later."""
+HOPELESS = 50
+"""Answers, none of them of any use, after which a job that has no good one stops."""
 SHORTENING = 0.75
 """What is left of a text that was too long for the model, each time that it was."""
 
@@ -58,8 +63,10 @@ class _Stopped(Exception):
 class Stop:
     """Why a job ends early; the first reason counts."""
 
-    def __init__(self) -> None:
+    def __init__(self, say: Callable[[str], None] = print) -> None:
+        """say: is told what a signal waits for"""
         self.reason: Exception | None = None
+        self._say = say
         self._stopped, self._signalled, self._hurry = (asyncio.Event() for _ in range(3))
 
     def because(self, reason: Exception) -> None:
@@ -80,7 +87,10 @@ class Stop:
         task = asyncio.ensure_future(work)
         await _first_of(task, self._signalled.wait())
         if not task.done():
-            await _first_of(task, self._hurry.wait(), GRACE_SECONDS)
+            signum = self.reason.signum if isinstance(self.reason, Interrupted) else signal.SIGINT
+            seconds = GRACE_SECONDS[signal.Signals(signum)]
+            self._say(f"\nwaiting up to {seconds:g} seconds for answers on their way")
+            await _first_of(task, self._hurry.wait(), seconds)
             task.cancel()
         try:
             result = await task
@@ -168,8 +178,8 @@ class Spending:
 
 
 def show_dollars(dollars: float) -> str:
-    """To the cent; small sums to two digits."""
-    return f"${dollars:.2f}" if dollars >= 1 or dollars == 0 else f"${dollars:.2g}"
+    """To the cent; less than a dollar to a hundredth of a cent."""
+    return f"${dollars:.2f}" if dollars >= 1 or dollars == 0 else f"${dollars:.4f}"
 
 
 class BudgetError(PartialOutputError):
@@ -180,7 +190,8 @@ class ServerAnswers:
     """Answers of a server, each asked for once in its life.
 
     elsewhere: journals of other folders, whose answers are taken over instead of paid for again
-    batch_state: where the Batch API's state is kept; None asks call by call
+    batch_state: where the Batch API's state is kept
+    batch: ask through the Batch API, not call by call
     """
 
     def __init__(
@@ -193,15 +204,20 @@ class ServerAnswers:
         *,
         elsewhere: Sequence[Journal] = (),
         concurrency: int = 32,
-        batch_state: Path | None = None,
+        batch_state: Path,
+        batch: bool = False,
         where: Callable[[int], str] = "row {}".format,
         show_progress: bool = False,
     ) -> None:
         self.get = journal.get
         self._client, self._journal, self._settings = client, journal, settings
         self._spending, self._stop, self._elsewhere = spending, stop, elsewhere
-        self._concurrency, self._batch_state = concurrency, batch_state
+        self._concurrency, self._batch, self._batch_state = concurrency, batch, batch_state
         self._where, self._show_progress = where, show_progress
+        self._any_use, self._useless = False, Counter[str]()
+        self.failed: dict[int, str] = {}
+        """What calls for these rows failed of, again and again, while others were answered. Their
+        draws are given up, and asked for again in the next run."""
 
     async def fetch(self, asked: Round) -> None:
         """Returns when the journal has an answer to every request of the round.
@@ -215,8 +231,14 @@ class ServerAnswers:
             asked.title, total, "answer", self._show_progress, initial=total - len(missing)
         ) as bar:
             bar.set_postfix_str(str(self._spending))
-            if self._batch_state:
+            if self._batch:
                 missing = await self._fetch_in_batches(missing, self._batch_state, bar)
+            elif under_way := keys_under_way(self._batch_state) & {r.key for r in missing}:
+                raise UsageError(
+                    f"{len(under_way)} of the requests are under way in batches, and will be paid "
+                    f"for; run with --batch to get their answers, or delete {self._batch_state} "
+                    "to give them up"
+                )
             await self._fetch_one_by_one(missing, bar)
 
     def _missing(self, requests: Sequence[Request]) -> list[Request]:
@@ -236,6 +258,7 @@ class ServerAnswers:
                 missing.append(request)
             else:
                 self._spending.add(answer, earlier=True)
+                self._watch(request, answer)
         return missing
 
     async def _fetch_one_by_one(self, requests: Sequence[Request], bar: Bar) -> None:
@@ -257,8 +280,12 @@ class ServerAnswers:
                         answer = await self._ask(request)
                         await self._journal.append(request.key, answer)
                     self._spending.add(answer)
+                except FailsAloneError as error:
+                    self.failed[request.row] = str(error)
+                    continue
                 finally:
                     under_way -= 1
+                self._watch(request, answer)
                 bar.set_postfix_str(str(self._spending))
                 bar.update(1)
 
@@ -279,11 +306,27 @@ class ServerAnswers:
 
         await self._stop.run(work_together())
 
+    def _watch(self, request: Request, answer: Answer) -> None:
+        """Stop a job whose every answer is useless before it has paid for all of them."""
+        text = clean(answer.content, request.text)
+        verdict = judge(text, answer.finish_reason, request.text)
+        self._any_use |= verdict in (GOOD, COPY)
+        self._useless[verdict] += 1
+        if not self._any_use and self._useless.total() >= HOPELESS:
+            shown = ", ".join(f"{count} {kind}" for kind, count in self._useless.most_common())
+            advice = "another --model or --prompt"
+            if self._useless[TRUNCATED]:
+                advice += ", or a higher --max-completion-tokens (models that think need it)"
+            self._stop.because(
+                PartialOutputError(f"no answer was of any use so far ({shown}); try {advice}")
+            )
+
     async def _ask(self, request: Request) -> Answer:
         """Ask until there is an answer, with less of the text where the model can't take it all."""
         text = request.text
         while True:
-            tokens = estimate_tokens(self._settings.message(text)) + estimate_tokens(text)
+            # Servers count an answer's limit, not its length, which they don't know yet either.
+            tokens = estimate_tokens(self._settings.message(text)) + self._settings.limit(text)
             try:
                 completion = await self._client.complete(
                     self._settings.body(text), request_id=request.key, tokens=tokens
@@ -330,6 +373,7 @@ class ServerAnswers:
             for key, answer in new:
                 if key in by_key:
                     self._spending.add(answer)
+                    self._watch(by_key[key], answer)
                     bar.update(1)
             bar.set_postfix_str(str(self._spending))
 
@@ -338,9 +382,9 @@ class ServerAnswers:
 
         one_by_one = []
         waiting = list(requests)
-        while waiting:
+        while waiting or keys_under_way(state):
             batched = self._affordable(waiting)
-            if not batched:
+            if waiting and not batched:
                 raise self._budget_error(len(waiting))
             waiting = waiting[len(batched) :]
             bodies = {r.key: self._settings.body(r.text) for r in batched}
@@ -378,8 +422,8 @@ class ServerAnswers:
     def _budget_error(self, left: int) -> BudgetError:
         budget, spent = self._spending.budget or 0.0, self._spending.dollars
         return BudgetError(
-            f"the budget of {show_dollars(budget)} is used up: {show_dollars(spent)} are "
-            f"spent, and the next call could cost more than is left; {left} requests are "
+            f"the budget of {show_dollars(budget)} could be exceeded: {show_dollars(spent)} are "
+            f"spent, and the next call may cost more than is left; {left} requests are "
             "missing; run again with a higher --budget to go on"
         )
 

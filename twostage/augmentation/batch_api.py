@@ -124,6 +124,11 @@ async def answer_by_batches(
     return job.refused
 
 
+def keys_under_way(state_path: Path) -> set[str]:
+    """Requests in batches on record that have not been harvested. Raises UsageError."""
+    return {key for shard in _State(state_path).shards.values() for key in shard.keys}
+
+
 @dataclass
 class _Shard:
     """Requests that travel in one file."""
@@ -585,7 +590,7 @@ def _read_page(response: httpx.Response) -> dict[str, Any]:
 def _read_json(response: httpx.Response) -> dict[str, Any]:
     try:
         fields = response.json()
-    except ValueError:
+    except (ValueError, RecursionError):
         fields = None
     return fields if isinstance(fields, dict) else {}
 

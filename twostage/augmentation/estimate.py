@@ -6,7 +6,8 @@ from pathlib import Path
 from . import journal as journals
 from .answering import show_dollars
 from .balancing import Walk, count_draws
-from .folder import Server, find_server_price, other_journals, read_folder
+from .batch_api import keys_under_way
+from .folder import BATCHES, Server, find_server_price, other_journals, read_folder
 from .journal import Journal
 from .paraphrase import ParaphraseSettings, estimate_tokens
 from .prices import BATCH_SHARE, DATE
@@ -31,19 +32,22 @@ def estimate_folder(
         known = [stack.enter_context(closing(j)) for j in (own, *other_journals(own))]
         draws = Walk(data.table.texts, data.labels_N).deal(count_draws(data.counts_C))
         texts = [(data.table.texts[draw.row], draw.repeat) for draw in draws]
-        missing = [t for t, n in texts if not any(settings.key(t, n, 0) in j for j in known)]
-    prompt_tokens = sum(estimate_tokens(settings.message(t)) + MESSAGE_TOKENS for t in missing)
-    completion_tokens = sum(estimate_tokens(t) for t in missing)
+        asked = {settings.key(text, repeat, 0): text for text, repeat in texts}
+        missing = {k: text for k, text in asked.items() if not any(k in j for j in known)}
+    under_way = keys_under_way(data_path / BATCHES) & missing.keys()
+    new = [text for key, text in missing.items() if key not in under_way]
+    prompt_tokens = sum(estimate_tokens(settings.message(t)) + MESSAGE_TOKENS for t in new)
+    completion_tokens = sum(estimate_tokens(t) for t in new)
     seconds = max(
-        len(missing) * ANSWER_SECONDS / server.concurrency,
-        len(missing) * 60 / (server.requests_per_minute or float("inf")),
+        len(new) * ANSWER_SECONDS / server.concurrency,
+        len(new) * 60 / (server.requests_per_minute or float("inf")),
         (prompt_tokens + completion_tokens) * 60 / (server.tokens_per_minute or float("inf")),
     )
-    known_already = f" ({len(texts) - len(missing):,} are there already)"
     lines = [
-        f"answers  {len(texts):,} wanted, for {len(data.classes)} classes of "
-        f"{data.num_majority:,} rows{known_already if len(missing) < len(texts) else ''}",
-        f"calls    {len(missing):,}; a duplicate, a copy or a refusal costs up to 2 more",
+        f"answers  {len(asked):,} wanted, for {len(data.classes)} classes of "
+        f"{data.num_majority:,} rows; {len(asked) - len(missing):,} are there already, "
+        f"{len(under_way):,} under way in batches",
+        f"calls    {len(new):,}; what is no paraphrase is asked again twice, then for other rows",
         f"tokens   about {prompt_tokens:,} of prompts and {completion_tokens:,} of answers, "
         "at 4 bytes a token",
     ]

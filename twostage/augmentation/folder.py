@@ -7,15 +7,18 @@
     paraphrases.jsonl      every answer that was paid for; run again and it is not asked for again
     batches.jsonl          with the Batch API: what is under way at the server
 
-An `aug.csv` that was there before, and is another one, is kept as `aug.csv.previous`.
+An `aug.csv` that was there before, and is another one, is kept as `aug.csv.previous`, or with a
+number after that.
 """
 
 import asyncio
 import filecmp
+import itertools
 import json
+import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +63,8 @@ class Server:
     concurrency: int = 32
     requests_per_minute: float | None = None
     tokens_per_minute: float | None = None
-    read_seconds: float = READ_SECONDS
+    timeout: float = READ_SECONDS
+    """Seconds without a sign of life."""
     batch: bool = False
     """Ask through the Batch API: about half the price, up to a day."""
     price: Price | None = None
@@ -74,12 +78,14 @@ class Server:
             "concurrency",
             "requests_per_minute",
             "tokens_per_minute",
-            "read_seconds",
+            "timeout",
             "budget",
         ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UsageError(f"{name} is {value}; expected a number above 0")
+        if self.price and not all(0 <= dollars < math.inf for dollars in self.price):
+            raise UsageError(f"price is {','.join(map(str, self.price))}; expected two dollar sums")
 
 
 @dataclass(frozen=True)
@@ -122,19 +128,21 @@ def augment_folder(
     pool = Pool(data.table, data.labels_N)
     started = time.monotonic()
     reason: Exception | None = None
+    failed: dict[int, str] = {}
     with ExitStack() as stack:
         journal = stack.enter_context(closing(Journal(data_path / journals.NAME)))
         elsewhere = [stack.enter_context(closing(j)) for j in other_journals(journal)]
 
         async def run() -> None:
-            stop = Stop()
+            nonlocal failed
+            stop = Stop(say)
             pacer = Pacer(server.requests_per_minute, server.tokens_per_minute, sleep=stop.sleep)
             client = OpenAIClient(
                 server.base_url,
                 server.api_key,
                 pacer=pacer,
                 concurrency=server.concurrency,
-                read_seconds=server.read_seconds,
+                read_seconds=server.timeout,
                 sleep=stop.sleep,
             )
             source = ServerAnswers(
@@ -145,10 +153,12 @@ def augment_folder(
                 stop,
                 elsewhere=elsewhere,
                 concurrency=server.concurrency,
-                batch_state=data_path / BATCHES if server.batch else None,
+                batch=server.batch,
+                batch_state=data_path / BATCHES,
                 where=data.table.where,
                 show_progress=show_progress,
             )
+            failed = source.failed
             with stop.on_signals():
                 async with client:
                     for asked in ask_in_rounds(pool, settings.key, source.get):
@@ -163,13 +173,14 @@ def augment_folder(
             for _ in ask_in_rounds(pool, settings.key, journal.get):
                 pass
 
-    paid = describe_spending(spending) if pool.paraphrases else ""
+    asked = spending.calls + spending.earlier_calls + spending.reused
+    paid = describe_spending(spending) if asked else ""
     details = {
         "model": settings.model,
         "base_url": server.base_url.partition("?")[0],
         "prompt": settings.prompt,
         "temperature": settings.temperature,
-        "max_tokens": settings.max_tokens,
+        "max_completion_tokens": settings.max_completion_tokens,
         "batch": server.batch,
         "answers_paid_for": spending.calls + spending.earlier_calls,
         "answers_taken_over": spending.reused,
@@ -178,6 +189,7 @@ def augment_folder(
         "price_per_million_tokens": spending.price,
         "dollars": round(spending.dollars, 6) if spending.price else None,
         "seconds": round(time.monotonic() - started, 3),
+        "failed": [{"where": data.table.where(row), "error": e} for row, e in failed.items()],
     }
     _finish(data, pool, reason, details, paid, say)
 
@@ -260,32 +272,52 @@ def _finish(
             f"{data.folder / REPORT} for why"
         )
     rows = choose_table(pool, data.classes)
-    if reason is None:
-        written = data.folder / AUG
-        _replace_table(written, rows)
-        (data.folder / PARTIAL).unlink(missing_ok=True)
-    else:
-        written = data.folder / PARTIAL
-        if rows:
-            write_table(written, HEADER, rows)
-    with replacing(data.folder / REPORT) as file:
-        json.dump(_describe(data, pool, reason, details, len(rows)), file, indent=2)
-        file.write("\n")
+    unwritten: Exception | None = None
+    try:
+        _write(data, rows, _describe(data, pool, reason, details, len(rows)), reason is None)
+    except UsageError as error:
+        unwritten = error
 
-    if pool.paraphrases:
+    if any(quality.asked for quality in pool.quality_C):
         say(format_quality(pool, data.classes.names))
     for row, kept in sorted(pool.shortened.items()):
         whole = len(data.table.texts[row])
         say(f"{data.table.where(row)}: only {kept:,} of {whole:,} characters fit into the model")
+    for failure in details.get("failed", []):
+        say(f"{failure['where']}: no answer, though others had theirs: {failure['error']}")
     if paid:
         say(paid)
-    if rows:
-        partial = "" if reason is None else " (partial, NOT balanced)"
-        say(f"written: {written}, {len(rows):,} rows{partial}; {REPORT}")
+    if unwritten:
+        if reason is None:
+            raise unwritten
+        say(str(unwritten))  # the reason is what matters more
+    elif reason is None:
+        say(f"written: {data.folder / AUG}, {len(rows):,} rows; {REPORT}")
+    elif rows:
+        say(f"written: {data.folder / PARTIAL}, {len(rows):,} rows, NOT balanced; {REPORT}")
+    if reason is not None and (data.folder / AUG).exists():
+        say(f"{data.folder / AUG} is still that of an earlier run")
     if isinstance(reason, Interrupted):
         _deliver(reason, data.folder)
     if reason is not None:
         raise reason
+
+
+def _write(
+    data: TrainingData, rows: list[tuple[int, str, str]], report: dict[str, Any], complete: bool
+) -> None:
+    """Raises UsageError."""
+    partial = data.folder / PARTIAL
+    if complete:
+        _replace_table(data.folder / AUG, rows)
+    elif rows:
+        write_table(partial, HEADER, rows)
+    if complete or not rows:
+        with writing_to(partial):
+            partial.unlink(missing_ok=True)
+    with replacing(data.folder / REPORT) as file:
+        json.dump(report, file, indent=2)
+        file.write("\n")
 
 
 def _deliver(interrupted: Interrupted, folder: Path) -> None:
@@ -294,20 +326,27 @@ def _deliver(interrupted: Interrupted, folder: Path) -> None:
         signal.raise_signal(interrupted.signum)
     except KeyboardInterrupt as interrupt:
         interrupt.args = (
-            f"stopped: every answer so far is in {folder / journals.NAME}; run the same command "
+            f"stopped: every answer that came is in {folder / journals.NAME}; run the same command "
             "again to go on",
         )
         raise
 
 
 def _replace_table(path: Path, rows: list[tuple[int, str, str]]) -> None:
-    """Put the table in its place; another one that was there is kept as `.previous`."""
+    """Put the table in its place; another one that was there is kept as `.previous`, `.previous-2`
+    and so on: it may be the authors' own."""
     new = path.with_name(path.name + ".new")
     write_table(new, HEADER, rows)
     with writing_to(path):
         if path.exists() and not filecmp.cmp(path, new, shallow=False):
-            path.replace(path.with_name(path.name + ".previous"))
+            asides = (path.with_name(f"{path.name}.previous{n}") for n in _numbers())
+            path.replace(next(aside for aside in asides if not aside.exists()))
         new.replace(path)
+
+
+def _numbers() -> Iterator[str]:
+    yield ""
+    yield from (f"-{n}" for n in itertools.count(2))
 
 
 def _describe(

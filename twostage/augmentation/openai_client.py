@@ -17,12 +17,15 @@ after `retry-after-ms`, else `retry-after` (seconds or an HTTP date), else min(0
 seconds less up to a quarter, drawn at random so that calls that failed together do not come back
 together. A 429 makes everyone wait, once (see pacing.py). A call gives up when it has failed for
 RETRY_SECONDS during which no other call got an answer either: an outage ends the run, a bad minute
-does not. As long as the server has never answered at all, REACH_SECONDS are enough.
+does not. As long as nobody could even connect, REACH_SECONDS are enough. A call that fails that
+long while others are answered fails alone (`FailsAloneError`): its text may be what the server
+stumbles over. Only "too many" can go on for longer, since it says nothing of the text.
 
 What cannot heal is raised at once: a wrong key (401, 403), no money (429 `insufficient_quota`), an
-unknown model (404), a request that the server refuses. Two refusals concern one text alone, and are
-the caller's to answer: `ContextOverflowError` and `ContentFilterError`. One is mended here: older
-servers call the limit on the answer's length `max_tokens`; the name is swapped once, for all calls.
+unknown model (404), a request that the server refuses. Two refusals concern one text alone, and
+are the caller's to answer: `ContextOverflowError` and `ContentFilterError`. One is mended here:
+older servers call the limit on the answer's length `max_tokens`; the name is swapped once, for all
+calls.
 
 The key is on each request and nowhere else: see `ApiKey`.
 """
@@ -36,7 +39,7 @@ import re
 import time
 import warnings
 from collections.abc import Awaitable, Callable, Generator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from typing import Any, Self, TypeVar
@@ -87,6 +90,14 @@ class RetryableError(ApiError):
         super().__init__(message, status)
         self.wait = wait
         """Seconds that the server asks to wait; None where it does not say."""
+
+
+class UnreachableError(RetryableError):
+    """No connection: refused, timed out, or the name is not known."""
+
+
+class FailsAloneError(RetryableError):
+    """This call has failed for RETRY_SECONDS while others were answered."""
 
 
 class ThrottledError(RetryableError):
@@ -156,9 +167,10 @@ class ApiKey(httpx.Auth):
         self._reveal = reveal
 
     def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        request.headers["Authorization"] = f"Bearer {self._reveal()}"
-        if _is_azure(request.url):
+        if _is_azure(request.url):  # which may take any other bearer for a token of its own kind
             request.headers["api-key"] = self._reveal()
+        else:
+            request.headers["Authorization"] = f"Bearer {self._reveal()}"
         yield request
 
     def hide(self, text: str) -> str:
@@ -247,7 +259,7 @@ class OpenAIClient:
                 return await self.call(
                     "POST",
                     "/chat/completions",
-                    read=lambda response: read_completion(_parse(response)),
+                    read=lambda response: self._read(parse_json(response)),
                     json=self.in_dialect(body),
                     headers={"X-Client-Request-Id": request_id},
                     tokens=tokens,
@@ -255,6 +267,10 @@ class OpenAIClient:
             except UnsupportedLimitError as error:
                 if not self.swap_limit_name(name):
                     raise RejectedError(str(error), error.status) from None
+
+    def _read(self, body: object) -> Completion:
+        completion = read_completion(body)
+        return replace(completion, content=self.hide(completion.content))
 
     def in_dialect(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """The body with the limit's name as this server wants it."""
@@ -306,14 +322,18 @@ class OpenAIClient:
             if wait is None:
                 wait = min(0.5 * 2**attempt, 8.0) * (1 - 0.25 * self._jitter())
             attempt += 1
-            patience = RETRY_SECONDS if self._heard_at is not None else REACH_SECONDS
-            waited = self._clock() - max(failing_since, self._answered_at)
             if attempt >= attempts:
                 raise outcome
+            unreached = isinstance(outcome, UnreachableError) and self._heard_at is None
+            patience = REACH_SECONDS if unreached else RETRY_SECONDS
+            now = self._clock()
+            waited = now - max(failing_since, self._answered_at)
             if waited + wait > patience:
                 raise _given_up(outcome, waited, wait)
             if isinstance(outcome, ThrottledError):
                 self._pacer.throttled(sent_at, wait)
+            elif now - failing_since + wait > RETRY_SECONDS:
+                raise FailsAloneError(str(outcome), outcome.status)
             else:
                 await self._sleep(wait)
 
@@ -330,9 +350,9 @@ class OpenAIClient:
         try:
             response = await lane.request(method, url, auth=self._key, **request)
         except httpx.RequestError as error:
-            return RetryableError(
-                self.hide(_describe_failure(error, self.address, self._read_seconds))
-            )
+            unreached = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
+            failure = UnreachableError if unreached else RetryableError
+            return failure(self.hide(_describe_failure(error, self.address, self._read_seconds)))
         except (httpx.InvalidURL, httpx.CookieConflict) as error:
             return RejectedError(self.hide(f"{self.address} cannot be used: {error}"))
         finally:
@@ -410,20 +430,29 @@ def read_completion(body: object) -> Completion:
         raise read_error(200, body)
     try:
         choice = body["choices"][0]  # type: ignore[index]
-        message = choice["message"]
-        content, refusal = message.get("content") or "", message.get("refusal")
+        message, reason = choice["message"], choice.get("finish_reason")
+        content, refusal = _join(message.get("content")), message.get("refusal")
         usage = body.get("usage") or {}  # type: ignore[attr-defined]
-        tokens = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
+        counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
     except (KeyError, IndexError, TypeError, AttributeError):
-        content = None
-    if not isinstance(content, str):
+        message = None
+    if message is None:
         raise RetryableError("the answer is not a chat completion", 200)
     return Completion(
         content,
         # Some servers leave the reason out; whatever is not one of the bad ones is good.
-        "refusal" if refusal and not content else str(choice.get("finish_reason") or "stop"),
-        *(count if isinstance(count, int) else None for count in tokens),
+        "refusal" if refusal and not content else str(reason or "stop"),
+        *(count if isinstance(count, int) else None for count in counts),
     )
+
+
+def _join(content: object) -> str:
+    """The text of a message, which may come in parts. What else there is, is no text: it was paid
+    for all the same, and asking again would be paid for too."""
+    if isinstance(content, list):
+        texts = (part.get("text") for part in content if isinstance(part, dict))
+        return "".join(text for text in texts if isinstance(text, str))
+    return content if isinstance(content, str) else ""
 
 
 def is_error(body: object) -> bool:
@@ -475,7 +504,7 @@ def read_error(
     # invalid_prompt: "your prompt was flagged as potentially violating our usage policy" (OpenAI)
     if codes & {"content_filter", "invalid_prompt", "responsibleaipolicyviolation"}:
         return ContentFilterError(said, status)
-    if status in (401, 403):
+    if status in (401, 403) or "invalid_api_key" in codes:
         return AuthenticationError(f"the key is refused: {said}; check OPENAI_API_KEY", status)
     if status == 404 or "model_not_found" in codes:
         return UnknownModelError(
@@ -483,7 +512,8 @@ def read_error(
             "in /v1",
             status,
         )
-    if status in (400, 422) and "max_completion_tokens" in text and _UNKNOWN_NAME.search(text):
+    about = f"{text} {fields.get('param')} {fields.get('code')}".lower()
+    if status in (400, 422) and "max_completion_tokens" in about and _UNKNOWN_NAME.search(about):
         return UnsupportedLimitError(said, status)
     retryable = status in (408, 409, 429) or status >= 500
     if should_retry.lower() in ("true", "false"):
@@ -515,7 +545,8 @@ def read_wait(headers: Mapping[str, str], now: datetime) -> float | None:
         return None
 
 
-def _parse(response: httpx.Response) -> object:
+def parse_json(response: httpx.Response) -> object:
+    """Raises RetryableError for what is no JSON."""
     try:
         return response.json()
     except (ValueError, RecursionError):  # JSON and Unicode errors are ValueErrors

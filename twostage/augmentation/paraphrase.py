@@ -36,6 +36,8 @@ MODEL = "gpt-3.5-turbo"
 """The published model."""
 REGENERATIONS = 2
 EXTRA_PASSES = 3
+MAX_LIMIT = 4096
+"""Tokens. gpt-3.5-turbo refuses to be allowed more for an answer."""
 PROMPT_FILTER = "prompt_filter"
 """The finish reason of a text that the server's filter does not let in: asking again is no use."""
 
@@ -49,8 +51,9 @@ class ParaphraseSettings:
     """The instruction. The text stands where it says `{text}`, else below a line of `---`."""
     temperature: float | None = None
     """None leaves it to the server (OpenAI: 1)."""
-    max_tokens: int | None = None
-    """Limit on an answer; None is half the text's bytes and 64: twice what English takes."""
+    max_completion_tokens: int | None = None
+    """Limit on an answer; None is half the text's bytes and 64, twice what English takes, but no
+    more than MAX_LIMIT."""
 
     def __post_init__(self) -> None:
         if not self.model.strip():
@@ -59,8 +62,9 @@ class ParaphraseSettings:
             raise UsageError("prompt is empty; expected an instruction")
         if self.temperature is not None and not 0 <= self.temperature <= 2:
             raise UsageError(f"temperature is {self.temperature}; expected a number from 0 to 2")
-        if self.max_tokens is not None and self.max_tokens < 1:
-            raise UsageError(f"max_tokens is {self.max_tokens}; expected 1 or more")
+        limit = self.max_completion_tokens
+        if limit is not None and limit < 1:
+            raise UsageError(f"max_completion_tokens is {limit}; expected 1 or more")
 
     def message(self, text: str) -> str:
         """What the model reads."""
@@ -70,7 +74,7 @@ class ParaphraseSettings:
 
     def limit(self, text: str) -> int:
         """Tokens that an answer may have."""
-        return self.max_tokens or 64 + len(text.encode()) // 2
+        return self.max_completion_tokens or min(64 + len(text.encode()) // 2, MAX_LIMIT)
 
     def body(self, text: str) -> dict[str, Any]:
         return chat_body(self.model, self.message(text), self.limit(text), self.temperature)
@@ -220,7 +224,7 @@ class Pool:
 
 def estimate_tokens(text: str) -> int:
     """About four bytes a token, in English."""
-    return len(text.encode()) // 4 + 1
+    return len(text.encode(errors="replace")) // 4 + 1
 
 
 def _hash(*parts: object) -> str:

@@ -26,6 +26,7 @@ class Price(NamedTuple):
 PRICES = {
     "gpt-3.5-turbo": Price(0.50, 1.50),
     "gpt-4o": Price(2.50, 10.00),
+    "gpt-4o-2024-05-13": Price(5.00, 15.00),
     "gpt-4o-mini": Price(0.15, 0.60),
     "gpt-4.1": Price(2.00, 8.00),
     "gpt-4.1-mini": Price(0.40, 1.60),
@@ -39,4 +40,4 @@ PRICES = {
 def find_price(model: str) -> Price | None:
     """The price of a model, also under a dated name (`gpt-4o-mini-2024-07-18`); None if unknown."""
     name, _, date = model.partition("-20")
-    return PRICES.get(name if date[:2].isdigit() else model)
+    return PRICES.get(model) or (PRICES.get(name) if date[:2].isdigit() else None)

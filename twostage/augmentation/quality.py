@@ -2,6 +2,7 @@
 
 Cleaned off, by these rules alone and in this order, unless the source text has the same:
 
+    characters  what no table can hold: control characters but tabs and line ends, halves of pairs
     thinking    a leading `<think>…</think>`, which some local models print
     rules       leading and trailing lines that hold nothing but `---`, as the prompt has one
     labels      a leading `Rephrased:`, `Paraphrased phrase:`, `Here is a rephrased version:` …
@@ -26,6 +27,7 @@ GOOD, DUPLICATE, COPY = "good", "duplicate", "copy"
 REFUSED, TRUNCATED, EMPTY = "refused", "truncated", "empty"
 BAD = (DUPLICATE, COPY, REFUSED, TRUNCATED, EMPTY)
 
+_UNWRITABLE = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ud800-\udfff]")
 _THINKING = re.compile(r"\s*<think>.*?</think>", re.DOTALL)
 _RULE = re.compile(r"\A(?:[ \t]*-{3,}[ \t]*(?:\n|\Z))+|(?:(?:\A|\n)[ \t]*-{3,}[ \t]*)+\Z")
 _LABEL = re.compile(
@@ -40,23 +42,27 @@ _LABEL = re.compile(
     re.IGNORECASE | re.VERBOSE,
 )
 _QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "«": "»", "„": "“", "`": "`"}
-_UNABLE = r"""i(?:['’]m|\ am)?\ (?:really\ )?
-    (?:cannot|can\ not|can['’]t|won['’]t|unable\ to|not\ able\ to|do\ not|don['’]t)\b .{0,40}?
-    \b(?:assist|help(?!\ but)|comply|fulfil|rephras|paraphras|reword|rewrit|generat|provide
-       |have\ (?:enough|the|any))"""
-_INPUT = r"\b(?:phrase|text|sentence|context|input)\b"
+_THING = r"""\b(?:that(?=\s*[.,!?]|\Z)|(?:re|para)phras\w+|phrases?|text|sentence|request|response
+    |context|content|information)"""
+_UNABLE = rf"""i(?:['’]m|\ am)?\ (?:really\ )?
+    (?:cannot|can\ not|can['’]t|won['’]t|unable\ to|not\ able\ to|do\ not|don['’]t)\b .{{0,40}}?
+    (?:\b(?:assist|help\ (?:you|with)|comply|rephrase|paraphrase|reword|rewrite)\b
+      |\b(?:fulfil\w*|generate|provide|have|process)\b .{{0,30}}? {_THING})"""
+_GIVEN = (
+    r"\b(?:phrase|text|sentence|input)\b .{0,40}? \b(?:provided|incomplete|cut\ off|not\ clear)"
+)
 _REFUSAL = re.compile(
-    rf"""as\ an\ ai\b
+    rf"""as\ an\ ai(?:\ (?:language\ )?(?:model|assistant))?\b(?:,|\ (?:model|assistant)|\ i\b)
+      |as\ an\ ai\ language\ model\b
       |{_UNABLE}
       |(?:i['’]m\ |i\ am\ |i\ |my\ )?(?:really\ |very\ |so\ )?
         (?:sorry|apologi[sz]e|apologies|unfortunately)\b .{{0,60}}?
         (?:\b{_UNABLE}
           |\byou\ (?:have\ not|haven['’]t|did\ not|didn['’]t)\b
-          |{_INPUT}.{{0,40}}\b(?:incomplete|missing|unclear|provided|not\ clear))
-      |it\ (?:seems|appears|looks)\ (?:like|that)\b .{{0,60}} {_INPUT} .{{0,60}}
-        \b(?:incomplete|missing|cut\ off|provide)
+          |{_GIVEN})
+      |it\ (?:seems|appears|looks)\ (?:like|that)\b .{{0,60}} {_GIVEN}
       |(?:please|could\ you|can\ you)\ (?:please\ )?(?:provide|share|clarify)\b
-        .{{0,60}} {_INPUT}""",
+        .{{0,60}} \b(?:phrase|text|sentence|context|input)\b""",
     re.IGNORECASE | re.VERBOSE | re.DOTALL,
 )
 _WORD = re.compile(r"\w+")
@@ -64,7 +70,7 @@ _WORD = re.compile(r"\w+")
 
 def clean(content: str, source: str) -> str:
     """The paraphrase in an answer, by the rules above."""
-    text = content.strip()
+    text = _UNWRITABLE.sub("", content).strip()
     if not source.lstrip().startswith("<think>"):
         text = _THINKING.sub("", text, count=1).strip() if _THINKING.match(text) else text
     if not _RULE.search(source):
