@@ -4,21 +4,13 @@ A source has two methods. `fetch` makes sure that a round's answers are there, a
 when it stops early; `get` gives one answer by its key. What was paid for is on disk before anything
 else happens with it: a call's place is free for the next only when its answer is in the journal, so
 that a crash can cost no more answers than there are calls at once.
-
-Stopping early has one door, `Stop`: a signal, the budget, an error that cannot heal. Nobody starts
-anything new after that; what is on its way may still arrive.
 """
 
 import asyncio
-import signal
-import threading
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import Any, TypeVar
 
 from ..errors import PartialOutputError, UsageError
 from ..progress import Bar, progress_bar
@@ -34,152 +26,15 @@ from .openai_client import (
     RejectedError,
 )
 from .paraphrase import PROMPT_FILTER, ParaphraseSettings, Pool, Request, Round, estimate_tokens
-from .prices import BATCH_SHARE, Price
+from .prices import BATCH_SHARE
 from .quality import COPY, GOOD, TRUNCATED, clean, judge
+from .spending import Spending, show_dollars
+from .stopping import Stop, Stopped
 
-T = TypeVar("T")
-
-GRACE_SECONDS = {signal.SIGINT: 30.0, signal.SIGTERM: 8.0}
-"""How long after a signal answers on their way may still arrive. A second signal ends that. Who
-sends SIGTERM often sends SIGKILL ten seconds later."""
 HOPELESS = 50
 """Answers, none of them of any use, after which a job that has no good one stops."""
 SHORTENING = 0.75
 """What is left of a text that was too long for the model, each time that it was."""
-
-
-class Interrupted(Exception):
-    """A signal asked to stop."""
-
-    def __init__(self, signum: int) -> None:
-        super().__init__(signum)
-        self.signum = signum
-
-
-class _Stopped(Exception):
-    """Raised where the job waits, when it is to wait no longer."""
-
-
-class Stop:
-    """Why a job ends early; the first reason counts."""
-
-    def __init__(self, say: Callable[[str], None] = print) -> None:
-        """say: is told what a signal waits for"""
-        self.reason: Exception | None = None
-        self._say = say
-        self._stopped, self._signalled, self._hurry = (asyncio.Event() for _ in range(3))
-
-    def because(self, reason: Exception) -> None:
-        if isinstance(reason, Interrupted):
-            (self._hurry if self._signalled.is_set() else self._signalled).set()
-        self.reason = self.reason or reason
-        self._stopped.set()
-
-    async def sleep(self, seconds: float) -> None:
-        """Sleep, unless the job is to end: for whoever waits between two calls."""
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._stopped.wait(), seconds)
-        if self.reason:
-            raise _Stopped
-
-    async def run(self, work: Awaitable[T]) -> T:
-        """Await the work, or let it end in good order and raise the reason."""
-        task = asyncio.ensure_future(work)
-        await _first_of(task, self._signalled.wait())
-        if not task.done():
-            signum = self.reason.signum if isinstance(self.reason, Interrupted) else signal.SIGINT
-            seconds = GRACE_SECONDS[signal.Signals(signum)]
-            self._say(f"\nwaiting up to {seconds:g} seconds for answers on their way")
-            await _first_of(task, self._hurry.wait(), seconds)
-            task.cancel()
-        try:
-            result = await task
-        except (_Stopped, asyncio.CancelledError):
-            if not self.reason:
-                raise
-        if self.reason:
-            raise self.reason
-        return result
-
-    @contextmanager
-    def on_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM become reasons to stop. Only the main thread can hear them."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        loop = asyncio.get_running_loop()
-
-        def stop(signum: int, frame: FrameType | None) -> None:
-            loop.call_soon_threadsafe(self.because, Interrupted(signum))
-
-        previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
-
-
-async def _first_of(
-    task: asyncio.Future[Any], other: Awaitable[object], timeout: float | None = None
-) -> None:
-    waiter = asyncio.ensure_future(other)
-    await asyncio.wait({task, waiter}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
-    waiter.cancel()
-
-
-class Spending:
-    """What a job has cost, earlier runs of it included, and what it may still cost."""
-
-    def __init__(self, price: Price | None = None, budget: float | None = None) -> None:
-        """budget: US dollars; needs a price"""
-        self.price, self.budget = price, budget
-        self.calls = self.earlier_calls = self.reused = 0
-        self.prompt_tokens = self.completion_tokens = 0
-        self.dollars = 0.0
-        self._reserved = 0.0
-
-    def add(self, answer: Answer, *, earlier: bool = False) -> None:
-        """An answer was paid for; `earlier`: by another run of this job."""
-        if answer.reused:
-            self.reused += 1
-            return
-        self.calls += not earlier
-        self.earlier_calls += earlier
-        self.prompt_tokens += answer.prompt_tokens
-        self.completion_tokens += answer.completion_tokens
-        if self.price:
-            share = BATCH_SHARE if answer.batch else 1.0
-            self.dollars += share * self.price.cost(answer.prompt_tokens, answer.completion_tokens)
-
-    def most(self, request: Request, settings: ParaphraseSettings, share: float = 1.0) -> float:
-        """The highest price: as if each byte were a token, and the answer as long as it may be."""
-        if self.price is None:
-            return 0.0
-        prompt_bytes = len(settings.message(request.text).encode()) + 16
-        return share * self.price.cost(prompt_bytes, settings.limit(request.text))
-
-    def allows(self, dollars: float) -> bool:
-        return self.budget is None or self.dollars + self._reserved + dollars <= self.budget
-
-    @contextmanager
-    def reserve(self, dollars: float) -> Iterator[None]:
-        """While a call is under way, its highest price counts as spent."""
-        self._reserved += dollars
-        try:
-            yield
-        finally:
-            self._reserved -= dollars
-
-    def __str__(self) -> str:
-        tokens = self.prompt_tokens + self.completion_tokens
-        shown = f"{tokens / 1e6:.2f} M tokens" if tokens >= 1e5 else f"{tokens:,} tokens"
-        return f"{shown}, {show_dollars(self.dollars)}" if self.price else shown
-
-
-def show_dollars(dollars: float) -> str:
-    """To the cent; less than a dollar to a hundredth of a cent."""
-    return f"${dollars:.2f}" if dollars >= 1 or dollars == 0 else f"${dollars:.4f}"
 
 
 class BudgetError(PartialOutputError):
@@ -214,7 +69,7 @@ class ServerAnswers:
         self._spending, self._stop, self._elsewhere = spending, stop, elsewhere
         self._concurrency, self._batch, self._batch_state = concurrency, batch, batch_state
         self._where, self._show_progress = where, show_progress
-        self._any_use, self._useless = False, Counter[str]()
+        self._any_use, self._verdicts = False, Counter[str]()
         self.failed: dict[int, str] = {}
         """What calls for these rows failed of, again and again, while others were answered. Their
         draws are given up, and asked for again in the next run."""
@@ -292,7 +147,7 @@ class ServerAnswers:
         async def work_until_stopped() -> None:
             try:
                 await work()
-            except _Stopped:
+            except Stopped:
                 pass
             except Exception as reason:
                 self._stop.because(reason)
@@ -311,11 +166,11 @@ class ServerAnswers:
         text = clean(answer.content, request.text)
         verdict = judge(text, answer.finish_reason, request.text)
         self._any_use |= verdict in (GOOD, COPY)
-        self._useless[verdict] += 1
-        if not self._any_use and self._useless.total() >= HOPELESS:
-            shown = ", ".join(f"{count} {kind}" for kind, count in self._useless.most_common())
+        self._verdicts[verdict] += 1
+        if not self._any_use and self._verdicts.total() >= HOPELESS:
+            shown = ", ".join(f"{count} {kind}" for kind, count in self._verdicts.most_common())
             advice = "another --model or --prompt"
-            if self._useless[TRUNCATED]:
+            if self._verdicts[TRUNCATED]:
                 advice += ", or a higher --max-completion-tokens (models that think need it)"
             self._stop.because(
                 PartialOutputError(f"no answer was of any use so far ({shown}); try {advice}")

@@ -4,13 +4,13 @@ from contextlib import ExitStack, closing
 from pathlib import Path
 
 from . import journal as journals
-from .answering import show_dollars
 from .balancing import Walk, count_draws
 from .batch_api import keys_under_way
 from .folder import BATCHES, Server, find_server_price, other_journals, read_folder
 from .journal import Journal
 from .paraphrase import ParaphraseSettings, estimate_tokens
 from .prices import BATCH_SHARE, DATE
+from .spending import show_dollars
 
 ANSWER_SECONDS = 1.0
 """For one answer: a chat model writes a short one in that."""

@@ -31,7 +31,7 @@ from ..errors import DataError, PartialOutputError, TwoStageError, UsageError, w
 from ..files import replacing
 from ..printing import format_table
 from . import journal as journals
-from .answering import EditedTexts, Interrupted, ServerAnswers, Spending, Stop
+from .answering import EditedTexts, ServerAnswers
 from .balancing import choose_rows
 from .journal import Journal
 from .openai_client import OPENAI_URL, READ_SECONDS, ApiKey, OpenAIClient, check_base_url
@@ -44,6 +44,8 @@ from .paraphrase import (
 )
 from .prices import Price, find_price
 from .quality import BAD
+from .spending import Spending
+from .stopping import Interrupted, Stop
 
 AUG, PARTIAL, REPORT, BATCHES = (
     "aug.csv",
