@@ -124,6 +124,8 @@ def test_import_twostage_loads_nothing_heavy_and_the_parts_load_without_each_oth
     assert not modules_after("import twostage") & (heavy | {"torch", "tqdm"})
     for part in ("twostage.model.bert", "twostage.training.losses", "twostage.kernels.attention"):
         assert not modules_after(f"import {part}") & heavy
+    loaded = modules_after("import twostage.augmentation.folder")
+    assert not loaded & {"torch", "tokenizers", "safetensors", "huggingface_hub", "matplotlib"}
 
 
 def test_the_part_that_people_come_to_read_stays_short() -> None:

@@ -383,11 +383,14 @@ def test_a_job_whose_every_answer_is_useless_stops_before_it_has_paid_for_all(
     how: str,
 ) -> None:
     make_folder(folder, 60, 200)
-    cut = lambda key, body: completion("", finish_reason="length")  # noqa: E731
+
+    def cut(request_id: str, body: Any = None) -> Reply:
+        return completion("", finish_reason="length")
+
     batch = ["--batch"] if how == "in batches" else []
     if batch:
         monkeypatch.setattr("twostage.augmentation.batch_api.FIRST_POLL_SECONDS", 0.01)
-        plans = [Plan(answer=lambda key, body: result(key, cut(key, body))) for _ in range(5)]
+        plans = [Plan(answer=lambda key, body: result(key, cut(key))) for _ in range(5)]
         server.routes = BatchRoutes(BatchApi(*plans))
     server.reply = cut
     assert augment(folder, server, "--concurrency", "4", *batch) == 6
@@ -654,7 +657,10 @@ def test_by_batches_the_table_is_the_same_at_half_the_price(
     folder: Path, server: ApiServer
 ) -> None:
     """The first batch expires half done; the next one has what is missing."""
-    half = lambda key, body: answer(key) if key < "8" else expiry(key)  # noqa: E731
+
+    def half(key: str, body: Any) -> dict[str, Any]:
+        return answer(key) if key < "8" else expiry(key)
+
     api = BatchApi(Plan("expired", half))
     server.routes = BatchRoutes(api)
     assert augment(folder, server, "--batch", "--price", "100,200") == 0

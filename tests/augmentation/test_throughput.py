@@ -5,13 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "augment_throughput.py"
 
 
 def test_the_benchmark_runs_and_nobody_beats_what_is_possible(tmp_path: Path) -> None:
-    pytest.importorskip("openai", reason="the rival is not installed")
     small = "--calls 200 --peer-calls 100 --published-calls 2 --journal 1000"
     small += " --concurrency 8 --delay 0.02"
     command = [sys.executable, str(SCRIPT), *small.split(), "--output", str(tmp_path)]
