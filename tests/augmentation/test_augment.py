@@ -607,10 +607,11 @@ def test_killed_fifty_times_it_ends_with_the_same_bytes_and_pays_nothing_twice(
 
     folder = make_folder(tmp_path / "b" / "0.2", 60, 500)
     server.answered.clear()
-    server.delay = 0.005
     chance = random.Random(0)
     lost: Counter[str] = Counter()
     for kill in range(50):
+        # However fast the machine, fifty runs together do not come to the end of the job.
+        server.delay = 0.05 if kill % 5 == 0 else 0.005
         process = start(folder, server, "--concurrency", str(places))
         if kill % 5 == 0:
             time.sleep(chance.uniform(0, 0.6))  # while it starts, or opens the journal
@@ -630,6 +631,7 @@ def test_killed_fifty_times_it_ends_with_the_same_bytes_and_pays_nothing_twice(
     assert sum(lost.values()) < 50 * places
     assert 300 < sum(server.answered.values()) < sum(whole.values()), "killed while at work"
 
+    server.delay = 0.0
     process = start(folder, server, "--concurrency", str(places))
     _, err = process.communicate(timeout=120)
     assert process.returncode == 0, err
