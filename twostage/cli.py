@@ -154,22 +154,13 @@ def _add_downsample(commands: "_Commands[argparse.ArgumentParser]") -> None:
         "make SST-2 imbalanced as the paper does",
         "twostage downsample -i SST-2 -o down_sampled",
     )
-    parser.add_argument(
+    _add_folder(
+        parser,
         "-i",
         "--input-path",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="holds train.tsv and dev.tsv, each with the columns sentence and label (0 or 1)",
+        "holds train.tsv and dev.tsv, each with the columns sentence and label (0 or 1)",
     )
-    parser.add_argument(
-        "-o",
-        "--output-path",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="gets RATE/train.csv and RATE/test.csv",
-    )
+    _add_folder(parser, "-o", "--output-path", "gets RATE/train.csv and RATE/test.csv")
     parser.add_argument(
         "--rates",
         type=_numbers(float),
@@ -190,14 +181,7 @@ def _add_augment(commands: "_Commands[argparse.ArgumentParser]") -> None:
         "twostage augment -d down_sampled/0.2 --model gpt-4o-mini --dry-run",
     )
     add = parser.add_argument
-    add(
-        "-d",
-        "--data-path",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="holds train.csv (columns text, label); gets aug.csv",
-    )
+    _add_folder(parser, "-d", "--data-path", "holds train.csv (columns text, label); gets aug.csv")
     add("--offline", action="store_true", help="no server: random edits of words, no paraphrases")
     add("--seed", type=int, default=42, help="of --offline")
     add("--model", default="gpt-3.5-turbo", metavar="NAME", help="as the server names it")
@@ -251,22 +235,13 @@ def _add_train(commands: "_Commands[argparse.ArgumentParser]") -> None:
         "twostage train -d down_sampled/0.2 -o results/two-stage -e 1 -f 1",
     )
     add = parser.add_argument
-    add(
+    _add_folder(
+        parser,
         "-d",
         "--data-path",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="holds train.csv and test.csv (columns text, label); aug.csv for --method augment",
+        "holds train.csv and test.csv (columns text, label); aug.csv for --method augment",
     )
-    add(
-        "-o",
-        "--output-path",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="gets the results",
-    )
+    _add_folder(parser, "-o", "--output-path", "gets the results")
     add("--method", default="reweight", help="reweight, augment or vanilla")
     add("-e", "--epoch-stage-1", type=int, default=1, metavar="N", help="0 is vanilla")
     add("-f", "--epoch-stage-2", type=int, default=1, metavar="N", help="epochs of stage 2")
@@ -342,6 +317,10 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)"
     )
+
+
+def _add_folder(parser: argparse.ArgumentParser, short: str, long: str, text: str) -> None:
+    parser.add_argument(short, long, type=Path, required=True, metavar="DIR", help=text)
 
 
 def _add_encoding(parser: argparse.ArgumentParser) -> None:

@@ -55,6 +55,21 @@ class NonFiniteError(TwoStageError):
 
 
 @contextmanager
+def reading_network_settings(kind: type[TwoStageError]) -> Iterator[None]:
+    """Turn what httpx has against the environment's proxies and certificates into one sentence."""
+    import httpx
+
+    try:
+        yield
+    except (httpx.InvalidURL, ValueError, ImportError, OSError):
+        # Whatever is wrong with a proxy's address, that address may hold a password: not said.
+        raise kind(
+            "the network settings cannot be used; check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and "
+            "SSL_CERT_FILE in the environment"
+        ) from None
+
+
+@contextmanager
 def writing_to(path: Path) -> Iterator[None]:
     """Turn the operating system's refusal to write into a UsageError that names the path."""
     try:

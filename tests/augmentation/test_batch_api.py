@@ -21,7 +21,15 @@ from urllib.parse import parse_qsl, unquote
 import httpx
 import pytest
 
-from tests.augmentation.conftest import ApiServer, HttpRequest, Reply, default_reply, error, phrase
+from tests.augmentation.conftest import (
+    ApiServer,
+    HttpRequest,
+    Reply,
+    default_reply,
+    error,
+    phrase,
+)
+from tests.augmentation.conftest import completion as as_completion
 from twostage.augmentation import batch_api
 from twostage.augmentation.batch_api import (
     CREATE_ATTEMPTS,
@@ -674,6 +682,28 @@ def test_a_torn_last_line_is_cut_off(state: Path, kept: Kept) -> None:
         state.write_bytes(whole + torn)
         run(BatchApi(), state, Kept(), [])
         assert state.read_bytes() == whole
+
+
+def test_who_only_looks_leaves_a_torn_last_line_to_its_writer(state: Path) -> None:
+    fields = {"file": "file-0", "server": URL, "limit_name": "max_tokens", "keys": KEYS}
+    state.write_bytes(json.dumps(fields).encode() + b'\n{"file": "fi')
+    before = state.read_bytes()
+    assert batch_api.keys_under_way(state) == set(KEYS)
+    assert state.read_bytes() == before
+
+
+def test_the_key_is_in_no_answer_though_the_server_repeats_it(state: Path) -> None:
+    class Anything(Kept):
+        """Kept, whatever it says."""
+
+        def __call__(self, completions: Sequence[tuple[str, Completion]]) -> None:
+            self.completions.update(completions)
+
+    key, kept = "sk-0123456789abcdef", Anything()
+    api = BatchApi(Plan(answer=lambda name, body: result(name, as_completion(f"it is {key}"))))
+    assert run(api, state, kept, api_key=ApiKey(key)) == {}
+    assert sorted(kept.completions) == KEYS
+    assert {answer.content for answer in kept.completions.values()} == {"it is [key]"}
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from pathlib import Path
 
 import httpx
 
-from ..errors import DownloadError, writing_to
+from ..errors import DownloadError, reading_network_settings, writing_to
 from ..progress import progress_bar
 
 TIMEOUT = httpx.Timeout(30, connect=10)
@@ -95,14 +95,8 @@ class _Task:
 
 def make_client() -> httpx.Client:
     """A client with our time-outs that honours the usual proxy variables. Raises DownloadError."""
-    try:
+    with reading_network_settings(DownloadError):
         return httpx.Client(timeout=TIMEOUT)
-    except (httpx.InvalidURL, ValueError, ImportError, OSError) as error:
-        # Whatever is wrong with a proxy's address, that address may hold a password: not said.
-        raise DownloadError(
-            "the network settings cannot be used; check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and "
-            "SSL_CERT_FILE in the environment"
-        ) from error
 
 
 def download(

@@ -163,9 +163,11 @@ class ServerAnswers:
 
     def _watch(self, request: Request, answer: Answer) -> None:
         """Stop a job whose every answer is useless before it has paid for all of them."""
+        if self._any_use:
+            return
         text = clean(answer.content, request.text)
         verdict = judge(text, answer.finish_reason, request.text)
-        self._any_use |= verdict in (GOOD, COPY)
+        self._any_use = verdict in (GOOD, COPY)
         self._verdicts[verdict] += 1
         if not self._any_use and self._verdicts.total() >= HOPELESS:
             shown = ", ".join(f"{count} {kind}" for kind, count in self._verdicts.most_common())

@@ -62,7 +62,7 @@ from .openai_client import (
     UnknownModelError,
     UnsupportedLimitError,
     is_error,
-    read_completion,
+    parse_json,
     read_error,
 )
 
@@ -126,7 +126,8 @@ async def answer_by_batches(
 
 def keys_under_way(state_path: Path) -> set[str]:
     """Requests in batches on record that have not been harvested. Raises UsageError."""
-    return {key for shard in _State(state_path).shards.values() for key in shard.keys}
+    state = _State(state_path, read_only=True)
+    return {key for shard in state.shards.values() for key in shard.keys}
 
 
 @dataclass
@@ -150,16 +151,18 @@ class _Shard:
 class _State:
     """The state file. Its shards are those that aren't done.
 
+    read_only: a torn last line is left alone; another process may just be writing it
+
     Raises UsageError where it cannot be read or written.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, read_only: bool = False) -> None:
         self.path = path
         self.shards: dict[str, _Shard] = {}
         """By file id, in the order of their upload."""
         self.batch_ids: set[str] = set()
         """Of all batches that there ever were."""
-        self._read()
+        self._read(mend=not read_only)
         self.earlier = frozenset(self.shards)
         """Those of an earlier call."""
 
@@ -173,7 +176,7 @@ class _State:
                 os.close(file)
         self._apply(fields)
 
-    def _read(self) -> None:
+    def _read(self, *, mend: bool) -> None:
         whole = 0
         try:
             with self.path.open("rb") as file:
@@ -194,8 +197,9 @@ class _State:
             return
         except OSError as error:
             raise UsageError(f"cannot read '{self.path}': {error.strerror or error}") from error
-        with writing_to(self.path):
-            os.truncate(self.path, whole)
+        if mend:
+            with writing_to(self.path):
+                os.truncate(self.path, whole)
 
     def _apply(self, fields: dict[str, Any]) -> None:
         file_id = fields["file"]
@@ -496,7 +500,7 @@ class _Job:
             content = await self._get(path, lambda r: r.content, f"the result file {file_id}")
             for line in io.BytesIO(content):
                 try:
-                    key, outcome = _read_result(line)
+                    key, outcome = _read_result(line, self._client.read)
                 except (ValueError, KeyError, TypeError, AttributeError):
                     strange += bool(line.strip())
                     continue
@@ -546,7 +550,9 @@ def _write_request(key: str, body: Mapping[str, Any]) -> bytes:
     return json.dumps(request).encode() + b"\n"
 
 
-def _read_result(line: bytes) -> tuple[str, Completion | ApiError]:
+def _read_result(
+    line: bytes, read: Callable[[object], Completion]
+) -> tuple[str, Completion | ApiError]:
     """Raises ValueError, KeyError, TypeError or AttributeError for what is no result.
 
     Lines seen: `{"custom_id", "response": {"status_code", "body"}, "error": null}`, and for what
@@ -563,7 +569,7 @@ def _read_result(line: bytes) -> tuple[str, Completion | ApiError]:
     if not 200 <= status < 300:
         return key, read_error(status, body)
     try:
-        return key, read_completion(body)
+        return key, read(body)
     except ApiError as refused:
         return key, refused.with_traceback(None)  # which would hold on to the whole file
 
@@ -588,10 +594,7 @@ def _read_page(response: httpx.Response) -> dict[str, Any]:
 
 
 def _read_json(response: httpx.Response) -> dict[str, Any]:
-    try:
-        fields = response.json()
-    except (ValueError, RecursionError):
-        fields = None
+    fields = parse_json(response)
     return fields if isinstance(fields, dict) else {}
 
 

@@ -46,7 +46,7 @@ from typing import Any, Self, TypeVar
 
 import httpx
 
-from ..errors import TwoStageError, TwoStageWarning, UsageError
+from ..errors import TwoStageError, TwoStageWarning, UsageError, reading_network_settings
 from .pacing import Pacer
 
 T = TypeVar("T")
@@ -212,15 +212,9 @@ class OpenAIClient:
         self._places = asyncio.Semaphore(concurrency)
         self._idle: list[httpx.AsyncClient] = []
         self._lanes: list[httpx.AsyncClient] = []
-        try:
+        with reading_network_settings(UsageError):
             self._ssl = httpx.create_ssl_context()
             self._idle.append(self._open_lane())
-        except (httpx.InvalidURL, ValueError, ImportError, OSError):
-            # Whatever is wrong with a proxy's address, that address may hold a password: not said.
-            raise UsageError(
-                "the network settings cannot be used; check HTTP_PROXY, HTTPS_PROXY, ALL_PROXY and "
-                "SSL_CERT_FILE in the environment"
-            ) from None
 
     async def __aenter__(self) -> Self:
         return self
@@ -259,7 +253,7 @@ class OpenAIClient:
                 return await self.call(
                     "POST",
                     "/chat/completions",
-                    read=lambda response: self._read(parse_json(response)),
+                    read=lambda response: self.read(parse_json(response)),
                     json=self.in_dialect(body),
                     headers={"X-Client-Request-Id": request_id},
                     tokens=tokens,
@@ -268,7 +262,8 @@ class OpenAIClient:
                 if not self.swap_limit_name(name):
                     raise RejectedError(str(error), error.status) from None
 
-    def _read(self, body: object) -> Completion:
+    def read(self, body: object) -> Completion:
+        """The completion in a body, without the key. Raises ApiError where it is none."""
         completion = read_completion(body)
         return replace(completion, content=self.hide(completion.content))
 
@@ -350,9 +345,7 @@ class OpenAIClient:
         try:
             response = await lane.request(method, url, auth=self._key, **request)
         except httpx.RequestError as error:
-            unreached = isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout))
-            failure = UnreachableError if unreached else RetryableError
-            return failure(self.hide(_describe_failure(error, self.address, self._read_seconds)))
+            return self._describe_failure(error)
         except (httpx.InvalidURL, httpx.CookieConflict) as error:
             return RejectedError(self.hide(f"{self.address} cannot be used: {error}"))
         finally:
@@ -372,6 +365,14 @@ class OpenAIClient:
             return read(response)
         except ApiError as error:
             return self._without_key(error)
+
+    def _describe_failure(self, error: httpx.RequestError) -> RetryableError:
+        detail = f" ({error})" if str(error) else ""
+        if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
+            return UnreachableError(self.hide(f"cannot connect to {self.address}{detail}"))
+        if isinstance(error, httpx.ReadTimeout):
+            return RetryableError(f"{self.address} sent nothing for {self._read_seconds:g} seconds")
+        return RetryableError(self.hide(f"the connection to {self.address} broke{detail}"))
 
     @property
     def address(self) -> str:
@@ -424,15 +425,15 @@ def chat_body(
     return body
 
 
-def read_completion(body: object) -> Completion:
+def read_completion(body: Any) -> Completion:
     """The completion in a body that came under status 200. Raises ApiError where it is none."""
     if is_error(body):
         raise read_error(200, body)
     try:
-        choice = body["choices"][0]  # type: ignore[index]
+        choice = body["choices"][0]
         message, reason = choice["message"], choice.get("finish_reason")
         content, refusal = _join(message.get("content")), message.get("refusal")
-        usage = body.get("usage") or {}  # type: ignore[attr-defined]
+        usage = body.get("usage") or {}
         counts = [usage.get(name) for name in ("prompt_tokens", "completion_tokens")]
     except (KeyError, IndexError, TypeError, AttributeError):
         message = None
@@ -557,8 +558,8 @@ def parse_json(response: httpx.Response) -> object:
 def _parse_leniently(response: httpx.Response) -> object:
     """The JSON of an error's body, or its text."""
     try:
-        return response.json()
-    except (ValueError, RecursionError):
+        return parse_json(response)
+    except RetryableError:
         return response.text
 
 
@@ -570,15 +571,6 @@ def _given_up(error: RetryableError, waited: float, wait: float) -> ApiError:
         what = f"given up after {waited:.0f} seconds; run the same command again to go on"
     error.args = (f"{error}; {what}",)
     return error
-
-
-def _describe_failure(error: httpx.RequestError, address: str, read_seconds: float) -> str:
-    detail = f" ({error})" if str(error) else ""
-    if isinstance(error, (httpx.ConnectError, httpx.ConnectTimeout)):
-        return f"cannot connect to {address}{detail}"
-    if isinstance(error, httpx.ReadTimeout):
-        return f"{address} sent nothing for {read_seconds:g} seconds"
-    return f"the connection to {address} broke{detail}"
 
 
 def _is_azure(url: httpx.URL) -> bool:
