@@ -22,6 +22,7 @@ TEST = [
     *BENCH,
     "scikit-learn>=1.5",
     "pandas>=2.2",
+    "triton>=3.6,<3.10; platform_system == 'Linux'",
     "setuptools>=77",
     "ruff==0.17.6",
     "mypy==2.4.1",

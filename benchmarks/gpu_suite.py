@@ -1,19 +1,24 @@
-"""Everything to be learnt from a GPU, in one command, without a network, in under 8 minutes.
+"""Everything to be learnt from a GPU, in one command, without a network, in under 20 minutes.
 
-    python benchmarks/gpu_suite.py                  on a machine with a CUDA GPU
-    python benchmarks/gpu_suite.py --rehearse       all of it on a CPU, with tiny shapes
+    python benchmarks/gpu_suite.py                      on a machine with a CUDA GPU
+    python benchmarks/gpu_suite.py --parts kernels      one part: each takes under 8 minutes
+    python benchmarks/gpu_suite.py --rehearse           all of it on a CPU, with tiny shapes
 
-1. The tests that run on every device (`tests/test_device.py`).
-2. Training throughput of BERT-base's shape, ours beside P0, P1, P2, P3 and P4 (`peers.py`).
-3. The profile of a step of ours.
+- `tests`: those that run on every device, and the Triton kernels', compiled where they otherwise
+  are interpreted.
+- `kernels`: each Triton kernel's error and speed beside torch's own (`kernel_throughput.py`).
+- `training`: throughput of BERT-base's shape, ours with and without the kernels beside P0, P1, P2,
+  P3 and P4 (`peers.py`), and the profile of a step of ours, with and without.
 
-Each part, and in the second each case, runs in a process of its own: one that fails or takes too
-long is reported, and loses nothing of the others. One JSON and one Markdown file, named by GPU and
-date, are rewritten after every case. The exit code is 0 only if nothing failed.
+Each part, and in the last two each case, runs in a process of its own: one that fails or takes too
+long is reported, and loses nothing of the others. One JSON and one Markdown file, named by GPU,
+date and, if not all, parts, are rewritten after every case. The exit code is 0 only if nothing
+failed.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -25,28 +30,41 @@ from typing import Any
 import torch
 import train_throughput
 from harness import RESULTS, describe_environment, run_child, save
+from kernel_throughput import describe_kernels, make_kernel_jobs, run_kernel_job
 from train_throughput import describe, describe_place, make_jobs, run_jobs
 
 ROOT = Path(__file__).parent.parent
+PARTS = ("tests", "kernels", "training")
 TESTS = (
     "tests/test_device.py",
     "tests/test_benchmarks.py::test_the_graphs_of_p4_train_as_its_single_steps_do",
+    "tests/kernels",
+    "tests/training/test_masks.py",
+    "tests/training/test_kernels_in_training.py",
 )
+REHEARSED_TESTS = (*TESTS[:2], "tests/kernels/test_gelu.py")
+"""The others run among the tests anyway."""
 THROUGHPUT = Path(train_throughput.__file__)
-RUNS = ("ours bf16", "P1 bf16", "P4 bf16", "P2 bf16", "P0 fp32")
+RUNS = ("ours bf16", "ours bf16, Triton", "P1 bf16", "P4 bf16", "P2 bf16", "P0 fp32")
 """The most telling first, should the time run out."""
 LAST_RUN = "P3 bf16"
 """Compiles for longer than the others take: in one case only, after all of theirs."""
-SECONDS = {"limits": 60.0, "tests": 120.0, "case": 100.0, "all": 465.0}
-"""What each part may take. Throughput and profile get what the others leave of `all`."""
+SECONDS = {"limits": 60.0, "tests": 400.0, "kernel": 120.0, "case": 100.0, "training": 400.0}
+"""What each may take: limits, tests, an operation's cases, a run of training, and all runs."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny shapes")
+    parser.add_argument(
+        "--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)} (default: all)"
+    )
     parser.add_argument("--output", type=Path, help="folder for the results (default: results/)")
     parser.add_argument("--commit", help="of the sources, where there is no git to ask")
     options = parser.parse_args()
+    parts = options.parts.split(",")
+    if not set(parts) <= set(PARTS):
+        parser.error(f"--parts is {options.parts}; expected some of {', '.join(PARTS)}")
     if not options.rehearse and not torch.cuda.is_available():
         print("gpu_suite: torch sees no CUDA GPU here; --rehearse runs on a CPU", file=sys.stderr)
         return 2
@@ -63,19 +81,28 @@ def main() -> int:
     if options.commit:
         record["commit"] = options.commit
     place = "rehearsal" if options.rehearse else describe_place(record)
-    name = f"gpu_suite-{place}-{record['date']}"
+    name = "-".join(["gpu_suite", place, record["date"], *(parts if parts != [*PARTS] else [])])
+    if options.rehearse:
+        os.environ["TRITON_INTERPRET"] = "1"  # for the processes of the parts
     slack = 10 if options.rehearse else 1  # a CPU that is busy with other things is no failure
+
+    def keep(**news: Any) -> None:
+        record.update(news, seconds=perf_counter() - began)
+        save(output, name, describe_suite(record), record)
+
     job = {"limits": "quick" if options.rehearse else "full", "device": device}
-    record["limits"] = run_child(THROUGHPUT, job, slack * SECONDS["limits"])
-    record["tests"] = run_tests(slack * SECONDS["tests"])
-    record["seconds"] = perf_counter() - began
-    save(output, name, describe_suite(record), record)
-    left = slack * SECONDS["all"] - record["seconds"]
-    for rows in run_jobs(plan(options.rehearse), left, slack * SECONDS["case"]):
-        record |= {"rows": rows, "seconds": perf_counter() - began}
+    keep(limits=run_child(THROUGHPUT, job, slack * SECONDS["limits"]))
+    if "tests" in parts:
+        keep(tests=run_tests(options.rehearse, slack * SECONDS["tests"]))
+    for job in make_kernel_jobs(device) if "kernels" in parts else []:
+        print(job["operation"], flush=True)
+        rows = run_kernel_job(job, slack * SECONDS["kernel"])
+        keep(kernels=[*record.get("kernels", []), *rows])
+    jobs = plan(options.rehearse) if "training" in parts else []
+    for rows in run_jobs(jobs, slack * SECONDS["training"], slack * SECONDS["case"]):
         row = rows[-1]
         print(f"{row['run']}, stage {row['stage']}, batch {row['batch_size']}", flush=True)
-        save(output, name, describe_suite(record), record)
+        keep(rows=rows)
 
     print(
         f"\n{describe_suite(record)}\n\n{json.dumps(record)}\n\nwritten: {output / name}.md, .json"
@@ -84,10 +111,12 @@ def main() -> int:
 
 
 def plan(rehearse: bool) -> list[dict[str, Any]]:
-    """The cases of parts 2 and 3, the most telling first."""
+    """The cases of training, the most telling first."""
     if rehearse:
         common = {"model": "tiny", "data": "", "device": "cpu", "warmup": 1}
-        jobs = make_jobs(RUNS, (2, 1), (4,), 12, **common)
+        jobs = make_jobs(RUNS, (2,), (4,), 12, **common)
+        # An interpreter takes its time: the kernels' runs are rehearsed in one stage.
+        jobs += make_jobs((RUNS[0], *RUNS[2:]), (1,), (4,), 12, **common)
         # All of torch.compile but the code generator, which takes a minute here.
         jobs += make_jobs((LAST_RUN,), (2,), (4,), 12, compiled_by="aot_eager", **common)
     else:
@@ -96,13 +125,14 @@ def plan(rehearse: bool) -> list[dict[str, Any]]:
         jobs += make_jobs(RUNS, (2,), (64,), 6_400, **common)
         jobs += make_jobs(RUNS, (1,), (16, 64), 3_200, **common)
         jobs += make_jobs((LAST_RUN,), (2,), (16,), 1_600, **common)
-    jobs.insert(1, jobs[0] | {"profile": True, "steps": 2 if rehearse else 10})
-    return jobs
+    profiles = [job | {"profile": True, "steps": 2 if rehearse else 10} for job in jobs[:2]]
+    return [*jobs[:2], *profiles, *jobs[2:]]
 
 
-def run_tests(seconds: float) -> dict[str, Any]:
+def run_tests(rehearse: bool, seconds: float) -> dict[str, Any]:
     """pytest's exit code and the end of what it printed."""
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *TESTS]
+    tests = REHEARSED_TESTS if rehearse else TESTS
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *tests]
     began = perf_counter()
     try:
         finished = subprocess.run(
@@ -125,8 +155,14 @@ def run_tests(seconds: float) -> dict[str, Any]:
 
 def failures(record: dict[str, Any]) -> list[str]:
     """What went wrong, a line each."""
-    failed = [] if record["tests"]["exit_code"] == 0 else ["the tests"]
+    tests = record.get("tests", {"exit_code": 0})
+    failed = [] if tests["exit_code"] == 0 else ["the tests"]
     failed += [f"the limits: {record['limits']['error']}"] if "error" in record["limits"] else []
+    failed += [
+        f"{row['operation']} {row.get('precision', '')}: {row.get('failure', 'too large an error')}"
+        for row in record.get("kernels", [])
+        if not row.get("close")
+    ]
     return failed + [
         f"{'profile of ' * bool(row.get('profile'))}{row['run']}, stage {row['stage']}, "
         f"batch {row['batch_size']}: {row['error']}"
@@ -137,14 +173,16 @@ def failures(record: dict[str, Any]) -> list[str]:
 
 def describe_suite(record: dict[str, Any]) -> str:
     """All parts so far, in Markdown."""
-    tests = record["tests"]
-    lines = tests["output"].strip().splitlines() or ["no output"]
-    passed = tests["exit_code"] == 0
-    parts = [
-        f"GPU suite, {record['date']}, {record['seconds']:.0f} s",
-        f"Tests: {lines[-1]}" if passed else "Tests failed:\n\n```\n" + "\n".join(lines) + "\n```",
-        describe(record),
-    ]
+    parts = [f"GPU suite, {record['date']}, {record['seconds']:.0f} s"]
+    if "tests" in record:
+        tests = record["tests"]
+        lines = tests["output"].strip().splitlines() or ["no output"]
+        passed = tests["exit_code"] == 0
+        output = "\n".join(lines)
+        parts.append(f"Tests: {lines[-1]}" if passed else f"Tests failed:\n\n```\n{output}\n```")
+    if "kernels" in record and "copy_bytes" in record["limits"]:
+        parts.append(describe_kernels(record))
+    parts.append(describe(record))
     if failed := failures(record):
         parts.append("Failed: " + "; ".join(failed))
     return "\n\n".join(parts)

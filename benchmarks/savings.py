@@ -43,10 +43,10 @@ def compute_the_whole_last_layer() -> None:
         hidden_TD: Tensor,
         layout: attention.PackedLayout,
         first_layer: int,
-        generator: torch.Generator | None = None,
+        randomness: dropout.Randomness | None = None,
     ) -> Tensor:
         for layer in list(self.layers)[first_layer:]:
-            hidden_TD = layer(hidden_TD, layout, generator)
+            hidden_TD = layer(hidden_TD, layout, randomness)
         return torch.tanh(self.pooler(hidden_TD[layout.first_tokens_B]))
 
     put(bert.Bert, "pool", pool)
@@ -70,12 +70,19 @@ def leave_the_attentions_backward_to_autograd() -> None:
 
 
 def leave_the_norms_backward_to_autograd() -> None:
-    put(bert, "dropout_residual_norm", residual_norm.reference_dropout_residual_norm)
+    def by_autograd(*arguments: Any) -> Tensor:
+        return residual_norm.reference_dropout_residual_norm(*arguments[:-1])  # but for `impl`
+
+    put(bert, "dropout_residual_norm", by_autograd)
 
 
 def make_masks_over_bool() -> None:
     def mask(
-        shape: Sequence[int], p: float, generator: torch.Generator, dtype: torch.dtype
+        shape: Sequence[int],
+        p: float,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+        site: int = 0,
     ) -> tuple[Tensor, float]:
         drop_below = round(p * 65_536)
         kept = dropout._random_lanes(shape, generator).ge(drop_below - 32_768)
@@ -87,7 +94,11 @@ def make_masks_over_bool() -> None:
 
 def draw_masks_by_bernoulli() -> None:
     def mask(
-        shape: Sequence[int], p: float, generator: torch.Generator, dtype: torch.dtype
+        shape: Sequence[int],
+        p: float,
+        generator: torch.Generator,
+        dtype: torch.dtype,
+        site: int = 0,
     ) -> tuple[Tensor, float]:
         kept = torch.empty(torch.Size(shape), dtype=dtype, device=generator.device)
         return kept.bernoulli_(1.0 - p, generator=generator), 1.0 / (1.0 - p)

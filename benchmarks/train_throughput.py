@@ -34,6 +34,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -69,6 +70,7 @@ LEARNING_RATES = {1: 1e-4, 2: 1e-5}
 RUNS = {
     "ours fp32": ("ours", {"bf16": False}),
     "ours bf16": ("ours", {"bf16": True}),
+    "ours bf16, Triton": ("ours", {"bf16": True, "impl": "triton"}),
     "P0 fp32": ("P0", {}),
     "P1 fp32": ("Trainer", {"bf16": False}),
     "P1 bf16": ("Trainer", {"bf16": True}),
@@ -173,7 +175,8 @@ def cpu_runs(stage: int, batch_size: int) -> list[str]:
     """What is worth its minutes on a CPU."""
     if batch_size >= MEMORY_BATCH_SIZE:
         return ["ours bf16", "P1 bf16", "P2 bf16"] if stage == 2 else []
-    runs = [name for name in RUNS if name != "P4 bf16"]  # P4 is made for graphs
+    on_gpus = ("P4 bf16", "ours bf16, Triton")  # made for graphs, or compiled for GPUs alone
+    runs = [name for name in RUNS if name not in on_gpus]
     if batch_size > 16:
         return [name for name in runs if name not in ("ours fp32", "P1 fp32", *WARM_UP)]
     return runs
@@ -341,12 +344,17 @@ def prepare(
         ours.to(device)
         if stage == 1:
             freeze_below_top(ours, 1)
-        loss = make_loss("ldam", "effective", counts_C, device) if stage == 1 else cross_entropy
+        impl = settings.get("impl", "torch")
+        if stage == 1:
+            loss = make_loss("ldam", "effective", counts_C, device, impl=impl)
+        else:
+            loss = partial(cross_entropy, impl=impl)
         stage_settings = StageSettings(
             epochs=1,
             learning_rate=learning_rate,
             batch_size=batch_size,
             dtype=torch.bfloat16 if settings["bf16"] else torch.float32,
+            impl=impl,
             schedule_steps=num_steps,
         )
         state = TrainingState(SEED, ours, stage=stage)

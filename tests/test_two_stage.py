@@ -268,7 +268,7 @@ def test_the_trunk_is_cached_once_for_all_seeds_and_epochs_and_without_dropout(
 
     def spy(*arguments: object) -> trunk.Features:
         computed.append(len(arguments[2]))  # type: ignore[arg-type]
-        assert (len(arguments) == 4) == cached_now, "a fifth is dropout's generator"
+        assert (len(arguments) == 4) == cached_now, "a fifth turns dropout on"
         return original(*arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr(trunk, "compute_features", spy)

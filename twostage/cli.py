@@ -268,6 +268,7 @@ def _add_train(commands: "_Commands[argparse.ArgumentParser]") -> None:
     add("--ldam-max-m", type=float, default=0.5, metavar="X", help="margin of the rarest class")
     add("--sampler", default="random", help="random, class-balanced (stage 1) or token-budget")
     _add_machine(parser)
+    add("--kernels", default="auto", help="auto (at present torch), torch, or triton (CUDA GPUs)")
     _add_encoding(parser)
     add("--save-models", action="store_true", help="keep each seed's model in seed-N/")
     add(
@@ -312,7 +313,7 @@ def _add_evaluate(commands: "_Commands[argparse.ArgumentParser]") -> None:
 
 
 def _add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+    parser.add_argument("--precision", default="auto", help="auto, fp32, bf16 or fp16")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument(
         "--threads", type=int, metavar="N", help="CPU threads (default: torch's choice)"
@@ -438,7 +439,7 @@ def _train(options: argparse.Namespace) -> None:
     from .experiment import read_data, run_experiment
     from .recipe import Recipe
     from .report import format_results
-    from .training.precision import choose_device
+    from .training.precision import check_kernels, choose_device
 
     _prepare_process(options.threads)
     recipe = Recipe(
@@ -458,11 +459,12 @@ def _train(options: argparse.Namespace) -> None:
         sampler=options.sampler,
         precision=options.precision,
         device=options.device,
+        kernels=options.kernels,
         upstream_schedule=options.upstream_schedule,
         cache_trunk=options.cache_trunk,
     )
     # What the settings and the data have wrong is said before a model is downloaded.
-    choose_device(recipe.device)
+    check_kernels(recipe.kernels, choose_device(recipe.device))
     data = read_data(options.data_path, recipe, options.encoding)
     result = run_experiment(
         find_model(options.model, show_progress=True),

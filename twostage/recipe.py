@@ -6,6 +6,7 @@ import torch
 
 from .data.samplers import SAMPLERS
 from .errors import UsageError
+from .kernels import IMPLS
 from .model.bert import BertConfig
 from .training.losses import CLASS_WEIGHTS, LOSSES, Loss, make_loss
 from .training.precision import PRECISIONS
@@ -49,7 +50,9 @@ class Recipe:
     """`random` or `token-budget`: both stages. `class-balanced`: stage 1, or, without one, stage 2;
     after a stage 1, stage 2 is random, since it is to see the data as they are."""
     precision: str = "auto"
-    """`fp32`, `bf16`, or `auto`: bf16 where the device multiplies it natively."""
+    """`fp32`, `bf16`, `fp16`, or `auto`: bf16 where the device multiplies it natively."""
+    kernels: str = "auto"
+    """`torch`, `triton` (on a CUDA GPU), or `auto`: what is known to be faster; so far, torch."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:n`, or `auto`: a GPU if there is one."""
     upstream_schedule: bool = False
@@ -63,7 +66,8 @@ class Recipe:
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
         _check_choice("sampler", self.sampler, SAMPLERS)
-        _check_choice("precision", self.precision, PRECISIONS)
+        _check_choice("precision", self.precision, ("auto", *PRECISIONS))
+        _check_choice("kernels", self.kernels, IMPLS)
         if self.loss is not None:
             _check_choice("loss", self.loss, LOSSES)
         if self.class_weights is not None:
@@ -107,6 +111,7 @@ class Recipe:
             batch_size=self.batch_size,
             sampler=self.sampler,
             dtype=dtype,
+            impl=self.kernels,
             schedule_steps=upstream_steps if self.upstream_schedule else None,
         )
 
@@ -118,6 +123,7 @@ class Recipe:
             batch_size=self.batch_size,
             sampler="random" if balanced_before else self.sampler,
             dtype=dtype,
+            impl=self.kernels,
         )
 
     def stage_1_loss(self, class_counts_C: list[int], device: torch.device) -> Loss:
@@ -130,6 +136,7 @@ class Recipe:
             device,
             ldam_s=self.ldam_s,
             ldam_max_m=self.ldam_max_m,
+            impl=self.kernels,
         )
 
     def check_fit(self, config: BertConfig, model: str) -> None:

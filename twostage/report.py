@@ -17,7 +17,7 @@ from .data.tables import Table, find_classes
 from .printing import format_table
 from .recipe import Recipe
 from .training.metrics import Metrics
-from .training.precision import choose_device, choose_precision
+from .training.precision import PRECISIONS, choose_device, choose_precision
 from .two_stage import Result
 
 PACKAGES = ("twostage", "torch", "tokenizers", "safetensors", "numpy")
@@ -44,16 +44,17 @@ def describe_run(train: Table, test: Table, augmented: Table | None, recipe: Rec
     stages = f"{recipe.epochs_stage_1 if recipe.has_stage_1 else 0} + {recipe.epochs_stage_2}"
     return (
         f"{rows}, {len(test)} test rows; {recipe.method}, {stages} epochs, "
-        f"{describe_arithmetic(recipe.device, recipe.precision)}, "
+        f"{describe_arithmetic(recipe)}, "
         f"{len(recipe.seeds)} seed{'s' * (len(recipe.seeds) > 1)}"
     )
 
 
-def describe_arithmetic(device_name: str, precision: str) -> str:
-    """`bf16 on cpu`, for these two settings of a recipe."""
-    device = choose_device(device_name)
-    dtype = choose_precision(precision, device)
-    return f"{'bf16' if dtype == torch.bfloat16 else 'fp32'} on {device}"
+def describe_arithmetic(recipe: Recipe) -> str:
+    """`bf16 on cpu`, or `bf16 on cuda by Triton kernels`."""
+    device = choose_device(recipe.device)
+    dtype = choose_precision(recipe.precision, device)
+    (name,) = (name for name, known in PRECISIONS.items() if known == dtype)
+    return f"{name} on {device}{' by Triton kernels' if recipe.kernels == 'triton' else ''}"
 
 
 def describe_last_seed(result: Result) -> str:
@@ -185,7 +186,7 @@ def describe_result(result: Result, recipe: Recipe, inputs: dict[str, str]) -> d
         "inputs": inputs,
         "settings": asdict(recipe),
         "machine": describe_machine(choose_device(recipe.device))
-        | {"arithmetic": describe_arithmetic(recipe.device, recipe.precision)},
+        | {"arithmetic": describe_arithmetic(recipe)},
         "versions": describe_versions(),
     }
 

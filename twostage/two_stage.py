@@ -37,7 +37,7 @@ from .recipe import Recipe
 from .training.evaluation import predict_logits
 from .training.losses import cross_entropy
 from .training.metrics import Metrics, compute_metrics
-from .training.precision import choose_device, choose_precision
+from .training.precision import check_kernels, choose_device, choose_precision
 from .training.stage import StageData, StepReport, train_stage
 from .training.state import HEAD_STREAM, TrainingState, derive_seed
 from .training.trunk import Features, cache_features
@@ -123,11 +123,12 @@ def train_one_seed(
 
     unfreeze(model)
     state.begin_stage(2)
-    run_stage(state, data.train, cross_entropy, recipe.stage_2_settings(dtype))
+    loss = partial(cross_entropy, impl=recipe.kernels)
+    run_stage(state, data.train, loss, recipe.stage_2_settings(dtype))
     times.append(perf_counter())
 
     logits_NC = predict_logits(
-        model, data.test.store, dtype=dtype, show_progress=show_progress
+        model, data.test.store, dtype=dtype, impl=recipe.kernels, show_progress=show_progress
     ).numpy()
     metrics = compute_metrics(data.test.labels_N, logits_NC)
     times.append(perf_counter())
@@ -140,7 +141,8 @@ def compute_stage_1_features(
     """What stage 1 leaves frozen is the same for all seeds: compute its output once."""
     model = build_model(checkpoint, data.num_classes, torch.Generator()).to(device)
     freeze_below_top(model, recipe.stage_1_layers)
-    return cache_features(model, data.stage_1.store, choose_precision(recipe.precision, device))
+    dtype = choose_precision(recipe.precision, device)
+    return cache_features(model, data.stage_1.store, dtype, recipe.kernels)
 
 
 def freeze_below_top(model: BertClassifier, num_layers: int) -> None:
@@ -177,6 +179,7 @@ def train_two_stage(
     """
     recipe = recipe or Recipe()
     device = choose_device(recipe.device)
+    check_kernels(recipe.kernels, device)
     tables = [_as_table(train, "train data"), _as_table(test, "test data")]
     if recipe.needs_augmented:
         if augmented is None:

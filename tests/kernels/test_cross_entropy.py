@@ -1,6 +1,8 @@
 """The fused loss against torch's own, against its reference, and against float64."""
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twostage.kernels.cross_entropy import fused_cross_entropy, reference_cross_entropy
+
+CheckErrors = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], None]
 
 SHAPES = [(1, 2), (16, 2), (7, 3), (33, 52), (5, 1000), (3, 1)]
 
@@ -154,3 +158,130 @@ def test_non_contiguous_logits() -> None:
         fused_cross_entropy(logits_BC.t().contiguous().t(), labels_B, weights_C),
         F.cross_entropy(logits_BC, labels_B, weights_C),
     )
+
+
+def run(
+    function: Callable[..., Tensor], logits_BC: Tensor, *arguments: Any, upstream: float = 3.0
+) -> list[Tensor]:
+    """Loss and gradient; a loss scale is upstream of both."""
+    logits_BC = logits_BC.detach().requires_grad_()
+    loss = function(logits_BC, *arguments)
+    (upstream * loss).backward()
+    return [loss.detach(), logits_BC.grad]
+
+
+class TestTriton:
+    @pytest.mark.parametrize("shape", [*SHAPES, (300, 2), (130, 9), (2, 1_001)])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+    @pytest.mark.parametrize("kind", ["plain", "weighted", "ldam"])
+    def test_errors_are_those_of_torch(
+        self,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        kind: str,
+        device: torch.device,
+        check_errors: CheckErrors,
+    ) -> None:
+        logits_BC, labels_B, weights_C, margins_C = (
+            t.to(device) for t in random_inputs(shape, dtype)
+        )
+        settings: dict[str, tuple[Any, ...]] = {
+            "plain": (labels_B,),
+            "weighted": (labels_B.int(), weights_C.float(), None, 1.0),
+            "ldam": (labels_B, weights_C, margins_C.float(), 1.7),
+        }
+        mine = [*settings[kind], *(None, None, 1.0)[len(settings[kind]) - 1 :], "triton"]
+        theirs = [labels_B, *settings[kind][1:]]
+        check_errors(
+            run(fused_cross_entropy, logits_BC, *mine),
+            run(reference_cross_entropy, logits_BC, *theirs),
+            run(reference_cross_entropy, logits_BC.double(), *theirs),
+        )
+
+    def test_huge_logits_and_logits_of_minus_infinity_are_as_in_torch(
+        self, device: torch.device
+    ) -> None:
+        infinite = float("-inf")
+        logits_BC = torch.tensor(
+            [[3e4, -3e4, 0.0], [1.0, infinite, 2.0], [infinite, 5.0, infinite]], device=device
+        )
+        labels_B = torch.tensor([1, 2, 1], device=device)
+        ours = run(fused_cross_entropy, logits_BC, labels_B, None, None, 1.0, "triton")
+        torchs = run(F.cross_entropy, logits_BC, labels_B)
+        for our, its in zip(ours, torchs, strict=True):
+            torch.testing.assert_close(our, its)
+
+    def test_strided_inputs_and_a_repeated_backward_give_the_same(
+        self, device: torch.device
+    ) -> None:
+        logits_BC, labels_B, weights_C, margins_C = (
+            t.to(device) for t in random_inputs((6, 4), torch.float32)
+        )
+        expected = run(
+            fused_cross_entropy, logits_BC, labels_B, weights_C, margins_C, 2.0, "triton"
+        )
+        every_other = [t.repeat_interleave(2)[::2] for t in (labels_B, weights_C, margins_C)]
+        leaf = logits_BC.t().contiguous().t().requires_grad_()
+        loss = fused_cross_entropy(leaf, *every_other, 2.0, "triton")
+        for times in (1, 2):
+            (3 * loss).backward(retain_graph=True)
+            torch.testing.assert_close(leaf.grad, times * expected[1])
+        assert torch.equal(loss.detach(), expected[0])
+
+    @pytest.mark.parametrize("label", [-1, 3, 2**40])
+    def test_a_label_that_is_no_class_makes_the_loss_nan(
+        self, label: int, device: torch.device
+    ) -> None:
+        logits_BC = torch.zeros(4, 3, device=device)
+        labels_B = torch.tensor([0, 1, label, 2], device=device)
+        weights_C = torch.ones(3, device=device)
+        for weights in (None, weights_C):
+            loss = fused_cross_entropy(logits_BC, labels_B, weights, weights_C, 1.0, "triton")
+            assert torch.isnan(loss)
+
+    @pytest.mark.parametrize("weighted", [False, True])
+    def test_no_rows_are_what_they_are_in_torch(self, weighted: bool, device: torch.device) -> None:
+        weights_C = torch.ones(3, device=device) if weighted else None
+        labels_B = torch.zeros(0, dtype=torch.long, device=device)
+        results = [
+            run(fused_cross_entropy, torch.zeros(0, 3, device=device), labels_B, weights_C, *more)
+            for more in ((), (None, 1.0, "triton"))
+        ]
+        for ours, expected in zip(*results, strict=True):
+            assert torch.equal(ours, expected)
+
+    def test_too_many_classes_and_fp64_are_refused(self, device: torch.device) -> None:
+        labels_B = torch.zeros(1, dtype=torch.long, device=device)
+        with pytest.raises(ValueError, match="8193 classes; the Triton loss takes 8192 at most"):
+            fused_cross_entropy(torch.zeros(1, 8_193, device=device), labels_B, impl="triton")
+        with pytest.raises(RuntimeError, match="the input is fp64"):
+            fused_cross_entropy(torch.zeros(1, 2, device=device).double(), labels_B, impl="triton")
+        with pytest.raises(ValueError, match="impl is 'fast'; expected one of auto, torch, triton"):
+            fused_cross_entropy(torch.zeros(1, 2, device=device), labels_B, impl="fast")
+
+    @pytest.mark.parametrize("with_gradient", [False, True])
+    def test_it_passes_torchs_own_checks_of_operators(
+        self, with_gradient: bool, device: torch.device
+    ) -> None:
+        logits_BC, labels_B, weights_C, margins_C = (
+            t.to(device) for t in random_inputs((6, 4), torch.float32)
+        )
+        forward = torch.ops.twostage.cross_entropy_forward.default
+        for extra in ((None, None), (weights_C, margins_C)):
+            arguments = (logits_BC, labels_B, *extra, 2.0, with_gradient)
+            torch.library.opcheck(forward, arguments)
+        one = torch.ones((), device=device)
+        backward = torch.ops.twostage.cross_entropy_backward.default
+        torch.library.opcheck(backward, (logits_BC, one, one, torch.bfloat16))
+
+    def test_torch_compile_holds_it_whole(self, device: torch.device) -> None:
+        logits_BC, labels_B, weights_C, _ = (
+            t.to(device) for t in random_inputs((6, 4), torch.float32)
+        )
+
+        def loss(logits_BC: Tensor) -> Tensor:
+            return fused_cross_entropy(logits_BC.sin(), labels_B, weights_C, impl="triton")
+
+        compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+        for ours, eager in zip(run(compiled, logits_BC), run(loss, logits_BC), strict=True):
+            torch.testing.assert_close(ours, eager)

@@ -160,13 +160,14 @@ def test_filler_tokens_change_nothing_and_receive_no_gradient(tiny_checkpoint: C
     assert gradients[1]["bert.embeddings.word.weight"][0].abs().max() == 0
 
 
-def test_without_a_generator_nothing_is_dropped_and_with_one_the_draws_repeat(
+def test_without_randomness_nothing_is_dropped_and_with_one_the_draws_repeat(
     tiny_checkpoint: Checkpoint,
 ) -> None:
     model, batch = classifier(tiny_checkpoint), random_batch([5, 9], 64)
     plain = [model(**batch.inputs()) for _ in range(2)]
     drawn = [
-        model(**batch.inputs(), generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        model(**batch.inputs(), randomness=torch.Generator().manual_seed(seed))
+        for seed in (1, 1, 2)
     ]
     assert torch.equal(plain[0], plain[1])
     assert torch.equal(drawn[0], drawn[1])
@@ -183,7 +184,7 @@ def test_dropout_acts_at_every_site_with_its_own_probability(
     seen: list[tuple[float, tuple[int, ...]]] = []
 
     def spy(
-        shape: torch.Size, p: float, generator: torch.Generator, dtype: torch.dtype
+        shape: torch.Size, p: float, generator: torch.Generator, dtype: torch.dtype, site: int = 0
     ) -> tuple[Tensor, float]:
         seen.append((p, tuple(shape)))
         return torch.ones(shape, dtype=dtype), 1.0
@@ -191,7 +192,7 @@ def test_dropout_acts_at_every_site_with_its_own_probability(
     for kernel in ("dropout", "attention", "residual_norm"):
         monkeypatch.setattr(f"twostage.kernels.{kernel}.dropout_mask", spy)
     model = classifier(replace(tiny_checkpoint, config=config))
-    model(**random_batch([5, 9], 64).inputs(), generator=torch.Generator())
+    model(**random_batch([5, 9], 64).inputs(), randomness=torch.Generator())
     hidden, probabilities = (0.1, (64, 24)), (0.2, (1, 4, 16, 16))
     first_tokens = [(0.2, (1, 4, 2, 16)), (0.1, (2, 24)), (0.1, (2, 24))]
     assert seen == [hidden, *[probabilities, hidden, hidden] * 2, *first_tokens]
@@ -229,7 +230,7 @@ def test_building_and_running_a_model_leaves_the_global_generator_alone(
 ) -> None:
     before = torch.get_rng_state()
     model, batch = classifier(tiny_checkpoint), random_batch([5, 9], 64)
-    model(**batch.inputs(), generator=torch.Generator().manual_seed(1))
+    model(**batch.inputs(), randomness=torch.Generator().manual_seed(1))
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -9,7 +9,13 @@ import torch
 from twostage.errors import UsageError
 from twostage.model.bert import BertClassifier
 from twostage.model.checkpoint import Checkpoint, build_model
-from twostage.training.precision import WorkingCopy, choose_device, choose_precision
+from twostage.training.optim import Moments, make_moments, update_weights
+from twostage.training.precision import (
+    WorkingCopy,
+    check_kernels,
+    choose_device,
+    choose_precision,
+)
 
 
 @pytest.fixture
@@ -20,6 +26,14 @@ def model(tiny_checkpoint: Checkpoint) -> BertClassifier:
 def run(model: BertClassifier) -> torch.Tensor:
     ids = torch.arange(1, 9)
     return model(ids, torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]), torch.tensor([0, 4, 8]))
+
+
+def step(
+    work: WorkingCopy, gradients_P: torch.Tensor, rate: float, moments: Moments | None = None
+) -> None:
+    """One of AdamW: at first, of every weight with a gradient, by the learning rate."""
+    moments = moments or make_moments(work.weights_P)
+    update_weights(work, gradients_P, moments, rate, torch.ones(()), torch.zeros(()))
 
 
 def shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -55,10 +69,11 @@ def test_gradients_reach_the_masters_in_fp32_and_new_weights_the_copy(
     gradients_P = work.take_gradients()
     assert gradients_P.dtype == torch.float32
     assert torch.equal(gradients_P, torch.cat([p.grad.flatten() for p in model.parameters()]))
-    with torch.no_grad():
-        for master in work.masters:
-            master -= 1e-3 * master.grad
-    work.push_weights()
+    before = work.weights_P.clone()
+    step(work, gradients_P, 1e-3)
+    moved_P = 1e-3 * gradients_P / (gradients_P.abs() + 1e-8)
+    torch.testing.assert_close(work.weights_P, before - moved_P)
+    assert torch.equal(work.weights_P, torch.cat([p.flatten() for p in model.parameters()]))
     for (name, master), copied in zip(
         model.named_parameters(), work.model.parameters(), strict=True
     ):
@@ -119,9 +134,9 @@ def test_updates_below_bf16_resolution_add_up_in_the_masters(model: BertClassifi
     master, copied = model.classifier[2].bias, work.model.classifier[2].bias
     with torch.no_grad():
         master.fill_(1.0)
-        for _ in range(100):
-            master += 1e-4  # bf16 cannot represent 1.0001: one at a time, all would be lost
-            work.push_weights()
+    moments = make_moments(work.weights_P)
+    for _ in range(100):  # bf16 cannot represent 1.0001: one at a time, all would be lost
+        step(work, -torch.ones_like(work.weights_P), 1e-4, moments)
     assert copied.float().mean().item() == pytest.approx(1.01, abs=0.004)
     assert copied[0] != 1.0
 
@@ -154,5 +169,22 @@ def test_precision_names() -> None:
     assert choose_precision("bf16", cpu) == torch.bfloat16
     native = torch.cpu.get_capabilities().get("avx512_bf16", False)
     assert choose_precision("auto", cpu) == (torch.bfloat16 if native else torch.float32)
+    assert choose_precision("fp16", cpu) == torch.float16
     with pytest.raises(UsageError, match="'int8'"):
         choose_precision("int8", cpu)
+
+
+def test_kernels_that_cannot_run_are_refused_in_a_sentence(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = torch.device("cpu")
+    for impl in ("auto", "torch"):
+        check_kernels(impl, cpu)
+    with pytest.raises(UsageError, match="kernels are 'cuda'; expected one of auto, torch, triton"):
+        check_kernels("cuda", cpu)
+    monkeypatch.setattr("twostage.kernels._INTERPRETED", False)
+    with pytest.raises(UsageError, match="need a CUDA GPU, and the device is cpu; leave"):
+        check_kernels("triton", cpu)
+    monkeypatch.setattr("twostage.kernels.triton", None)
+    with pytest.raises(UsageError, match="Triton is not installed here"):
+        check_kernels("triton", torch.device("cuda"))

@@ -19,6 +19,7 @@ from twostage.model.checkpoint import Checkpoint, build_model
 from twostage.training import stage as stage_module
 from twostage.training import trunk as trunk_module
 from twostage.training.losses import Loss, cross_entropy, make_loss
+from twostage.training.masks import Masks
 from twostage.training.optim import linear_decay
 from twostage.training.stage import StageData, StageSettings, train_stage
 from twostage.training.state import TrainingState
@@ -196,8 +197,10 @@ def test_a_text_drawn_twice_has_two_masks_and_the_same_seed_draws_them_again(
     model = make_model(tiny_checkpoint, 1, dropout=0.3)
 
     def features(rows: list[int], seed: int | None) -> list[Tensor]:
-        generator = None if seed is None else torch.Generator().manual_seed(seed)
-        computed = compute_features(model, data.store, np.array(rows), 2, generator)
+        masks = None
+        if seed is not None:
+            masks = Masks(torch.Generator().manual_seed(seed), key=None, first_draw=0)
+        computed = compute_features(model, data.store, np.array(rows), 2, masks)
         offsets = computed.store.offsets
         return [computed.hidden_TD[computed.store.ids[a:b].long()] for a, b in pairwise(offsets)]
 
@@ -210,19 +213,21 @@ def test_a_text_drawn_twice_has_two_masks_and_the_same_seed_draws_them_again(
     torch.testing.assert_close(without, again)
 
 
+@pytest.mark.parametrize("key", [None, torch.tensor([3])], ids=["drawn", "counted"])
 def test_features_with_dropout_average_to_what_the_layers_give_text_by_text(
-    tiny_checkpoint: Checkpoint, data: StageData
+    tiny_checkpoint: Checkpoint, data: StageData, key: Tensor | None
 ) -> None:
     """Mean and spread over many draws, against the encoder run on the one text alone."""
     model = make_model(tiny_checkpoint, 1, dropout=0.1)
     rows = np.full(4_000, 5)
     alone = pack(data.store, torch.tensor([5]), round_to=1)
     generator = torch.Generator().manual_seed(1)
-    computed = compute_features(model, data.store, rows, 2, torch.Generator().manual_seed(2))
+    masks = Masks(torch.Generator().manual_seed(2), key, first_draw=70)
+    computed = compute_features(model, data.store, rows, 2, masks)
     streamed_NTD = computed.hidden_TD[computed.store.ids.long()].view(4_000, alone.num_tokens, -1)
     inputs = (alone.input_ids_T, alone.position_ids_T, alone.layout)
     with torch.no_grad():
-        draws = [model.bert(*inputs, num_layers=2, generator=generator) for _ in range(4_000)]
+        draws = [model.bert(*inputs, num_layers=2, randomness=generator) for _ in range(4_000)]
     plain_NTD = torch.stack(draws)
     spread_TD = plain_NTD.std(0)
     z_TD = (streamed_NTD.mean(0) - plain_NTD.mean(0)) / (spread_TD * (2 / 4_000) ** 0.5)

@@ -10,8 +10,8 @@ import torch
 from twostage.data.packing import TokenStore
 from twostage.errors import NonFiniteError
 from twostage.model.checkpoint import Checkpoint, build_model
+from twostage.training import loss_scale, trunk
 from twostage.training import stage as stage_module
-from twostage.training import trunk
 from twostage.training.losses import cross_entropy
 from twostage.training.stage import StageData, StageSettings, StepReport, train_stage
 from twostage.training.state import TrainingState
@@ -48,7 +48,7 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sampler", ["random", "class-balanced", "token-budget"])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_a_stage_left_after_any_step_ends_bit_for_bit_like_one_that_was_not(
@@ -82,6 +82,50 @@ def test_a_stage_left_after_any_step_ends_bit_for_bit_like_one_that_was_not(
         assert later.step == whole.step
         for ours, expected in zip(weights(later), weights(whole), strict=True):
             assert torch.equal(ours, expected)
+
+
+def test_fp16_leaves_out_the_steps_that_overflow_and_learns_all_the_same(
+    tiny_checkpoint: Checkpoint, data: StageData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage_module, "REPORT_EVERY", 1)
+    monkeypatch.setattr(loss_scale, "FIRST_FACTOR", 2.0**24)  # far above what fp16 can take
+    state = make_state(tiny_checkpoint)
+    before = weights(state)
+    losses: list[float] = []
+    overflows: list[bool] = []
+
+    def look(report: StepReport) -> None:
+        losses.append(report.loss)
+        overflows.append(not np.isfinite(report.grad_norm))
+        assert state.moments is not None
+        # An update counts only if it happened.
+        assert int(state.moments.updates) == overflows.count(False)
+        moved = not all(map(torch.equal, weights(state)[-4:], before[-4:]))
+        assert moved == (False in overflows)
+
+    settings = replace(SETTINGS, epochs=20, learning_rate=5e-3, dtype=torch.float16)
+    train_stage(state, data, cross_entropy, settings, on_report=look)
+    assert overflows[:2] == [True, True]
+    assert sum(overflows[20:]) < 4
+    assert state.loss_scale is not None
+    assert state.loss_scale.factor == 2.0 ** (24 - sum(overflows))
+    assert losses[-1] < 0.3 < losses[0]
+    assert state.step == len(losses) == 140, "a step that is left out is a step of the schedule"
+
+
+def test_fp16_stops_where_a_smaller_scale_cannot_help(
+    tiny_checkpoint: Checkpoint, data: StageData
+) -> None:
+    def steep(logits_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+        loss = cross_entropy(logits_BC, labels_B)
+        return loss + (loss - loss.detach()) * 1e30  # finite, with a gradient that is not
+
+    state = make_state(tiny_checkpoint)
+    before = weights(state)
+    with pytest.raises(NonFiniteError, match="step 17: "):  # 16 halvings of 65,536 come to 1
+        train_stage(state, data, steep, replace(SETTINGS, epochs=4, dtype=torch.float16))
+    assert state.step == 16
+    assert all(map(torch.equal, weights(state), before))
 
 
 def test_training_learns_and_reports(tiny_checkpoint: Checkpoint, data: StageData) -> None:

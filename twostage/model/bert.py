@@ -13,7 +13,9 @@ beyond `cu_seqlens[-1]` are filler that nobody reads, whose gradient is exactly 
 Of the last layer only the first token of each text is read, so only that is computed there
 (`BertLayer.forward`): exact, and saves a seventh of the work of a six-layer encoder.
 
-Dropout is on exactly when a generator is passed: there is no train or eval mode to forget.
+Dropout is on exactly when randomness is passed: there is no train or eval mode to forget. Each
+place with a dropout of its own has a number, its site: 0 after the embeddings, 1 + 2·i and 2 + 2·i
+after the halves of layer i.
 Embedding tables and norms stay in fp32 when the rest is cast to bf16: gathering rows gains nothing
 from bf16, and the sum of many gradients into the row of a frequent word would lose most of them.
 
@@ -28,13 +30,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ModelError
+from ..kernels import use_triton
 from ..kernels.attention import (
     PackedLayout,
     first_token_attention,
     packed_attention,
     packed_layout,
 )
-from ..kernels.dropout import dropout
+from ..kernels.dropout import DropoutCounters, Randomness
+from ..kernels.embedding import embed_tokens
+from ..kernels.gelu import bias_gelu
 from ..kernels.residual_norm import dropout_residual_norm
 
 HEAD_SIZE = 50
@@ -105,26 +110,38 @@ class BertConfig:
 class BertEmbeddings(nn.Module):
     """LayerNorm(word + position + token type), then dropout. Token types are all zero."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, impl: str) -> None:
         super().__init__()
         self.word = _make_table(config.vocab_size, config.hidden_size)
         self.position = _make_table(config.max_position_embeddings, config.hidden_size)
         self.token_type = _make_table(config.type_vocab_size, config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size, config.layer_norm_eps)
         self.dropout_p = config.hidden_dropout_prob
+        self.impl = impl
 
     def forward(
         self,
         input_ids_T: Tensor,
         position_ids_T: Tensor,
         dtype: torch.dtype,
-        generator: torch.Generator | None,
+        randomness: Randomness | None,
     ) -> Tensor:
         """[T, D] in `dtype`."""
-        # One row of the token-type table serves every token, so it is added like a bias.
-        embedded_TD = self.word(input_ids_T) + self.position(position_ids_T)
-        normed_TD: Tensor = self.norm(embedded_TD + self.token_type.weight[0])
-        return dropout(normed_TD.to(dtype), self.dropout_p, generator)
+        return embed_tokens(
+            input_ids_T,
+            position_ids_T,
+            self.word.weight,
+            self.position.weight,
+            self.token_type.weight[0],
+            self.norm.weight,
+            self.norm.bias,
+            self.norm.eps,
+            dtype,
+            self.dropout_p,
+            randomness,
+            impl=self.impl,
+            sparse=self.word.sparse,
+        )
 
 
 def _make_table(rows: int, width: int) -> nn.Embedding:
@@ -141,7 +158,8 @@ def _make_table(rows: int, width: int) -> nn.Embedding:
 class BertLayer(nn.Module):
     """Self-attention and feed-forward, each followed by dropout, residual and LayerNorm."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, index: int, impl: str) -> None:
+        """index: number of the layer, from 0."""
         super().__init__()
         hidden, intermediate = config.hidden_size, config.intermediate_size
         self.qkv = nn.Linear(hidden, 3 * hidden)
@@ -154,12 +172,14 @@ class BertLayer(nn.Module):
         self.activation = config.hidden_act
         self.hidden_dropout_p = config.hidden_dropout_prob
         self.attention_dropout_p = config.attention_probs_dropout_prob
+        self.first_site = 1 + 2 * index
+        self.impl = impl
 
     def forward(
         self,
         hidden_TD: Tensor,
         layout: PackedLayout,
-        generator: torch.Generator | None,
+        randomness: Randomness | None,
         *,
         first_tokens_only: bool = False,
     ) -> Tensor:
@@ -169,12 +189,15 @@ class BertLayer(nn.Module):
         follows attention, only the first ones.
         """
         dropout_p = self.attention_dropout_p
+        generator = randomness.generator if isinstance(randomness, DropoutCounters) else randomness
         if first_tokens_only:
             split = (hidden_TD.shape[1], 2 * hidden_TD.shape[1])
             query_weight, key_value_weight = self.qkv.weight.split(split)
             query_bias, key_value_bias = self.qkv.bias.split(split)
             key_value_T2D = F.linear(hidden_TD, key_value_weight, key_value_bias)
             hidden_TD = hidden_TD.index_select(0, layout.first_tokens_B)  # from here on [B, D]
+            if isinstance(randomness, DropoutCounters):
+                randomness = randomness.take(layout.first_tokens_B)
             context_TD = first_token_attention(
                 F.linear(hidden_TD, query_weight, query_bias),
                 key_value_T2D,
@@ -188,25 +211,38 @@ class BertLayer(nn.Module):
                 self.qkv(hidden_TD), layout, self.num_heads, dropout_p, generator
             )
 
-        def add_and_norm(x_TD: Tensor, residual_TD: Tensor, norm: nn.LayerNorm) -> Tensor:
-            p = self.hidden_dropout_p
+        def add_and_norm(
+            x_TD: Tensor, residual_TD: Tensor, norm: nn.LayerNorm, site: int
+        ) -> Tensor:
+            p, impl = self.hidden_dropout_p, self.impl
             return dropout_residual_norm(
-                x_TD, residual_TD, norm.weight, norm.bias, norm.eps, p, generator
+                x_TD, residual_TD, norm.weight, norm.bias, norm.eps, p, randomness, site, impl
             )
 
-        hidden_TD = add_and_norm(self.attention_output(context_TD), hidden_TD, self.attention_norm)
-        activated_TI = activate(self.intermediate(hidden_TD), self.activation)
-        return add_and_norm(self.output(activated_TI), hidden_TD, self.output_norm)
+        hidden_TD = add_and_norm(
+            self.attention_output(context_TD), hidden_TD, self.attention_norm, self.first_site
+        )
+        if self.activation == "gelu" and use_triton(self.impl, hidden_TD):
+            without_bias_TI = F.linear(hidden_TD, self.intermediate.weight)
+            activated_TI = bias_gelu(without_bias_TI, self.intermediate.bias, self.impl)
+        else:  # torch adds the bias in the matrix product
+            activated_TI = activate(self.intermediate(hidden_TD), self.activation)
+        return add_and_norm(
+            self.output(activated_TI), hidden_TD, self.output_norm, self.first_site + 1
+        )
 
 
 class Bert(nn.Module):
     """Embeddings, encoder layers and pooler."""
 
-    def __init__(self, config: BertConfig) -> None:
+    def __init__(self, config: BertConfig, impl: str = "auto") -> None:
+        """impl: of the operations (`kernels/__init__.py`)."""
         super().__init__()
         self.config = config
-        self.embeddings = BertEmbeddings(config)
-        self.layers = nn.ModuleList(BertLayer(config) for _ in range(config.num_hidden_layers))
+        self.embeddings = BertEmbeddings(config, impl)
+        self.layers = nn.ModuleList(
+            BertLayer(config, i, impl) for i in range(config.num_hidden_layers)
+        )
         self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
@@ -216,17 +252,17 @@ class Bert(nn.Module):
         layout: PackedLayout,
         *,
         num_layers: int | None = None,
-        generator: torch.Generator | None = None,
+        randomness: Randomness | None = None,
     ) -> Tensor:
         """Hidden states after the first `num_layers` layers (None: all), [T, D].
 
-        input_ids_T, position_ids_T: [T] integer. layout: `packed_layout` of the batch. generator:
+        input_ids_T, position_ids_T: [T] integer. layout: `packed_layout` of the batch. randomness:
         turns dropout on and feeds it.
         """
         dtype = self.pooler.weight.dtype
-        hidden_TD: Tensor = self.embeddings(input_ids_T, position_ids_T, dtype, generator)
+        hidden_TD: Tensor = self.embeddings(input_ids_T, position_ids_T, dtype, randomness)
         for layer in list(self.layers)[:num_layers]:
-            hidden_TD = layer(hidden_TD, layout, generator)
+            hidden_TD = layer(hidden_TD, layout, randomness)
         return hidden_TD
 
     def pool(
@@ -234,7 +270,7 @@ class Bert(nn.Module):
         hidden_TD: Tensor,
         layout: PackedLayout,
         first_layer: int,
-        generator: torch.Generator | None = None,
+        randomness: Randomness | None = None,
     ) -> Tensor:
         """The layers from `first_layer` on, then tanh(W · first token), [B, D].
 
@@ -243,17 +279,17 @@ class Bert(nn.Module):
         """
         *middle, last = list(self.layers)[first_layer:]
         for layer in middle:
-            hidden_TD = layer(hidden_TD, layout, generator)
-        first_BD = last(hidden_TD, layout, generator, first_tokens_only=True)
+            hidden_TD = layer(hidden_TD, layout, randomness)
+        first_BD = last(hidden_TD, layout, randomness, first_tokens_only=True)
         return torch.tanh(self.pooler(first_BD))
 
 
 class BertClassifier(nn.Module):
     """BERT, pooler, and the recipe's head: Linear(D, 50) → ReLU → Linear(50, C)."""
 
-    def __init__(self, config: BertConfig, num_classes: int) -> None:
+    def __init__(self, config: BertConfig, num_classes: int, impl: str = "auto") -> None:
         super().__init__()
-        self.bert = Bert(config)
+        self.bert = Bert(config, impl)
         self.classifier = nn.Sequential(
             nn.Linear(config.hidden_size, HEAD_SIZE), nn.ReLU(), nn.Linear(HEAD_SIZE, num_classes)
         )
@@ -275,42 +311,42 @@ class BertClassifier(nn.Module):
         cu_seqlens: Tensor,
         *,
         layout: PackedLayout | None = None,
-        generator: torch.Generator | None = None,
+        randomness: Randomness | None = None,
     ) -> Tensor:
         """Logits, [B, C].
 
         input_ids_T, position_ids_T: [T] integer. cu_seqlens: [B+1] integer, from 0 to the number
         of real tokens. layout: `packed_layout(cu_seqlens)`, where it has been computed before; on
-        a GPU computing it here waits for the device. generator: turns dropout on and feeds it.
+        a GPU computing it here waits for the device. randomness: turns dropout on and feeds it.
         """
         if layout is None:
             layout = packed_layout(cu_seqlens)
         below_last = len(self.bert.layers) - 1
         hidden_TD = self.bert(
-            input_ids_T, position_ids_T, layout, num_layers=below_last, generator=generator
+            input_ids_T, position_ids_T, layout, num_layers=below_last, randomness=randomness
         )
-        return self.classify(hidden_TD, layout, below_last, generator)
+        return self.classify(hidden_TD, layout, below_last, randomness)
 
     def classify(
         self,
         hidden_TD: Tensor,
         layout: PackedLayout,
         first_layer: int,
-        generator: torch.Generator | None = None,
+        randomness: Randomness | None = None,
     ) -> Tensor:
         """Logits, [B, C], from the hidden states that layer `first_layer` reads, [T, D]."""
-        pooled_BD = self.bert.pool(hidden_TD, layout, first_layer, generator)
+        pooled_BD = self.bert.pool(hidden_TD, layout, first_layer, randomness)
         logits_BC: Tensor = self.classifier(pooled_BD)
         return logits_BC
 
 
 def assemble_classifier(
-    config: BertConfig, parameters: Mapping[str, nn.Parameter]
+    config: BertConfig, parameters: Mapping[str, nn.Parameter], impl: str = "auto"
 ) -> BertClassifier:
     """A classifier made of these parameters themselves (not copies), named as in the model."""
     # On the meta device, modules neither allocate nor draw from the process-wide generator.
     with torch.device("meta"):
-        model = BertClassifier(config, len(parameters["classifier.2.bias"]))
+        model = BertClassifier(config, len(parameters["classifier.2.bias"]), impl)
     for name, _ in list(model.named_parameters()):
         module, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(module), leaf, parameters[name])

@@ -26,14 +26,15 @@ def predict_logits(
     store: TokenStore,
     *,
     dtype: torch.dtype = torch.float32,
+    impl: str = "auto",
     show_progress: bool = False,
 ) -> Tensor:
     """[N, C] fp32 logits on the CPU, in the order of `store`; dropout off.
 
-    dtype: of forward; the model itself stays as it is.
+    dtype: of forward; the model itself stays as it is. impl: of its operations.
     Raises NonFiniteError when a logit is infinite or not a number.
     """
-    work = cast_model(model.bert.config, dict(model.named_parameters()), dtype)
+    work = cast_model(model.bert.config, dict(model.named_parameters()), dtype, impl)
     batches = length_sorted_batches(store.lengths.numpy(), tokens_at_once(model.device))
     logits = [torch.empty(0, model.num_classes, device=model.device)]
     with torch.no_grad(), progress_bar("evaluating", len(store), "text", show_progress) as bar:

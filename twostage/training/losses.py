@@ -25,15 +25,19 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(
-    logits_BC: Tensor, labels_B: Tensor, class_weights_C: Tensor | None = None
+    logits_BC: Tensor,
+    labels_B: Tensor,
+    class_weights_C: Tensor | None = None,
+    impl: str = "auto",
 ) -> Tensor:
     """(Class-weighted) cross-entropy: −Σ_b w_{y_b} log softmax(logits_b)_{y_b} / Σ_b w_{y_b}.
 
-    logits_BC: [B, C]. labels_B: [B] int64. class_weights_C: [C], all ones when None.
+    logits_BC: [B, C]. labels_B: [B] int64. class_weights_C: [C], all ones when None. impl: see
+    `kernels/__init__.py`.
     The same as `torch.nn.functional.cross_entropy` with `weight`. Source of the weighting: King &
     Zeng 2001, "Logistic Regression in Rare Events Data" (the weighted log-likelihood).
     """
-    return fused_cross_entropy(logits_BC, labels_B, class_weights_C)
+    return fused_cross_entropy(logits_BC, labels_B, class_weights_C, impl=impl)
 
 
 def ldam(
@@ -42,6 +46,7 @@ def ldam(
     margins_C: Tensor,
     class_weights_C: Tensor | None = None,
     s: float = 1.0,
+    impl: str = "auto",
 ) -> Tensor:
     """Label-distribution-aware margin loss: cross-entropy after lowering the true class's logit.
 
@@ -49,7 +54,7 @@ def ldam(
     s = 30 because its logits are cosines in [-1, 1]; ours are unbounded, and s = 1.
     Source: Cao et al. 2019 (arXiv 1906.07413), equation 13.
     """
-    return fused_cross_entropy(logits_BC, labels_B, class_weights_C, margins_C, s)
+    return fused_cross_entropy(logits_BC, labels_B, class_weights_C, margins_C, s, impl)
 
 
 def ldam_margins(class_counts_C: Sequence[int], max_m: float = 0.5) -> Tensor:
@@ -101,16 +106,19 @@ def make_loss(
     *,
     ldam_s: float = 1.0,
     ldam_max_m: float = 0.5,
+    impl: str = "auto",
 ) -> Loss:
     """The loss called `name`, one of LOSSES, for training data with these class counts."""
     weights_C = make_class_weights(class_weights, class_counts_C)
     if weights_C is not None:
         weights_C = weights_C.to(device)
     if name == "ce":
-        return lambda logits_BC, labels_B: cross_entropy(logits_BC, labels_B, weights_C)
+        return lambda logits_BC, labels_B: cross_entropy(logits_BC, labels_B, weights_C, impl)
     if name == "ldam":
         margins_C = ldam_margins(class_counts_C, ldam_max_m).to(device)
-        return lambda logits_BC, labels_B: ldam(logits_BC, labels_B, margins_C, weights_C, ldam_s)
+        return lambda logits_BC, labels_B: ldam(
+            logits_BC, labels_B, margins_C, weights_C, ldam_s, impl
+        )
     raise UsageError(f"loss is {name!r}; expected one of {', '.join(LOSSES)}")
 
 

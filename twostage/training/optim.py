@@ -1,40 +1,74 @@
 """AdamW, the linear schedule, and clipping.
 
-The optimizer is torch's fused AdamW (Loshchilov & Hutter 2019): one pass over weights, gradients
+The update itself is `kernels/adamw.py` (Loshchilov & Hutter 2019): one pass over weights, gradients
 and both moments. The recipe asks for eps 1e-8, weight decay 0, betas 0.9 and 0.999.
+
+Shapes: P trained weights, end to end.
 """
 
-from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..kernels.adamw import adamw_
+from .precision import WorkingCopy
 
-def make_adamw(
-    parameters: Iterable[Tensor],
+
+@dataclass(frozen=True)
+class Moments:
+    """What AdamW remembers. It is updated in place."""
+
+    exp_avg_P: Tensor
+    """[P] fp32: running mean of the gradients."""
+    exp_avg_sq_P: Tensor
+    """[P] fp32: running mean of their squares."""
+    updates: Tensor
+    """Scalar fp32 on the device: how often the weights have been updated."""
+
+
+def make_moments(weights_P: Tensor) -> Moments:
+    """Of an optimizer that has not begun."""
+    zeros = torch.zeros_like
+    return Moments(zeros(weights_P), zeros(weights_P), weights_P.new_zeros(()))
+
+
+@torch.no_grad()
+def update_weights(
+    work: WorkingCopy,
+    gradients_P: Tensor,
+    moments: Moments,
     learning_rate: float,
+    divisor: Tensor,
+    skip: Tensor,
+    *,
     weight_decay: float = 0.0,
-    previous: torch.optim.AdamW | None = None,
-) -> torch.optim.AdamW:
-    """AdamW over fp32 parameters; it goes on from the moments of `previous`, if given.
+    impl: str = "auto",
+) -> None:
+    """One step of AdamW on the masters and the rounding of the new weights into the copy.
 
-    previous: of parameters of the same shapes in the same order; its settings are not taken over.
+    gradients_P: from the working copy. divisor, skip: scalars on the device; the gradients are
+    divided by the one, and where the other is 1.0, nothing happens.
     """
-    optimizer = torch.optim.AdamW(
-        list(parameters),
-        lr=learning_rate,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        weight_decay=weight_decay,
-        fused=True,
-    )
-    if previous is not None:
-        settings = optimizer.state_dict()["param_groups"]
-        moments = previous.state_dict()["state"]
-        optimizer.load_state_dict({"state": moments, "param_groups": settings})
-        for parameter, state in optimizer.state.items():
-            assert state["exp_avg"].shape == parameter.shape, "moments of another table"
-    return optimizer
+    assert moments.exp_avg_P.shape == work.weights_P.shape, "moments of another table"
+    moments.updates.add_(1.0 - skip)
+    # fp64, as torch takes the rate of its own optimizer from the host.
+    rate = torch.full_like(divisor, learning_rate, dtype=torch.float64)
+    border = work.num_unrounded
+    for part, rounded_P in ((slice(border), None), (slice(border, None), work.rounded_P)):
+        adamw_(
+            work.weights_P[part],
+            gradients_P[part],
+            moments.exp_avg_P[part],
+            moments.exp_avg_sq_P[part],
+            moments.updates,
+            rate,
+            divisor,
+            skip,
+            rounded_P=rounded_P,
+            weight_decay=weight_decay,
+            impl=impl,
+        )
 
 
 def linear_decay(step: int, total_steps: int) -> float:
@@ -45,11 +79,15 @@ def linear_decay(step: int, total_steps: int) -> float:
     return max(0.0, 1.0 - step / total_steps)
 
 
-def clip_divisor(gradients_P: Tensor, max_norm: float) -> tuple[Tensor, Tensor]:
+def clip_divisor(
+    gradients_P: Tensor, max_norm: float, loss_factor: Tensor
+) -> tuple[Tensor, Tensor]:
     """(norm, divisor): dividing the gradients by `divisor` makes their L2 norm at most `max_norm`.
 
-    gradients_P: all gradients end to end, fp32. Both are scalars on the device; the host does not
-    wait. The division is left to the optimizer, which has the gradients in its hands anyway.
+    gradients_P: all gradients end to end, fp32. loss_factor: scalar by which the loss was
+    multiplied, and so they; norm and clipping are those without it. Both results are scalars on the
+    device; the host does not wait. The division is left to the optimizer, which has the gradients
+    in its hands anyway.
     """
-    norm = torch.dot(gradients_P, gradients_P).sqrt()
-    return norm, ((norm + 1e-6) / max_norm).clamp(min=1.0)
+    norm = torch.dot(gradients_P, gradients_P).sqrt() / loss_factor
+    return norm, ((norm + 1e-6) / max_norm).clamp(min=1.0) * loss_factor

@@ -1,18 +1,22 @@
 """Mixed precision with fp32 master weights.
 
 The model that a stage trains is fp32: the masters. Forward and backward run on a working copy of it
-in bf16, made once a stage. In backward, gradients go from the copy to the masters in fp32, the
-optimizer steps there, and the new weights go back to the copy in one rounding. So no weight is
+in bf16 or fp16, made once a stage. In backward, gradients go from the copy to the masters in fp32,
+the optimizer steps there, and the new weights go back to the copy in one rounding. So no weight is
 cast per use, and an update smaller than bf16's spacing (1/256 to 1/128 of the weight) is not
 lost. The loss, softmax and the statistics of layer norm are computed in fp32; embeddings are fp32
-in the copy too (`model/bert.py`), and on a CPU so are norms (`kernels/residual_norm.py`).
+in the copy too (`model/bert.py`), and so are norms wherever `kernels/residual_norm.py` can take
+them so. fp16 needs its loss scaled besides (`loss_scale.py`).
+
+Masters, gradients and the copy's rounded weights each lie end to end in one buffer, of which the
+parameters are views: the optimizer passes over the buffers, not over two hundred parameters.
 
 The copy may hold fewer word embeddings than the model. Without weight decay, AdamW never moves a
 row that has no gradient (its moments stay 0), so a stage need only train the rows of tokens that
 its data have: of BERT's 30,522 that is a third for some thousand short texts, and with it go two
 thirds of the optimizer's work on the largest table.
 
-Shapes: V' tokens in use, D hidden, P trained parameters.
+Shapes: V' tokens in use, D hidden, P trained weights.
 """
 
 import re
@@ -23,9 +27,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..kernels import IMPLS, triton_problem
 from ..model.bert import BertClassifier, BertConfig, assemble_classifier
 
-PRECISIONS = ("auto", "fp32", "bf16")
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 WORD_EMBEDDINGS = "bert.embeddings.word.weight"
 
 
@@ -44,18 +49,25 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_precision(name: str, device: torch.device) -> torch.dtype:
-    """`fp32`, `bf16`, or `auto`: bf16 where the device multiplies it natively, else fp32."""
-    if name == "fp32":
-        return torch.float32
-    if name == "bf16":
-        return torch.bfloat16
+    """`fp32`, `bf16`, `fp16`, or `auto`: bf16 if the device multiplies it natively, else fp32."""
+    if name in PRECISIONS:
+        return PRECISIONS[name]
     if name != "auto":
-        raise UsageError(f"precision is '{name}'; expected one of {', '.join(PRECISIONS)}")
+        raise UsageError(f"precision is '{name}'; expected one of auto, {', '.join(PRECISIONS)}")
     if device.type == "cuda":
         native = torch.cuda.get_device_capability(device) >= (8, 0)
     else:
         native = bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
     return torch.bfloat16 if native else torch.float32
+
+
+def check_kernels(impl: str, device: torch.device) -> None:
+    """Raise UsageError when the operations (`kernels/__init__.py`) cannot run with this `impl`."""
+    if impl not in IMPLS:
+        raise UsageError(f"kernels are '{impl}'; expected one of {', '.join(IMPLS)}")
+    problem = triton_problem(device) if impl == "triton" else None
+    if problem is not None:
+        raise UsageError(f"kernels are 'triton', but {problem}; leave the choice to auto")
 
 
 class WorkingCopy:
@@ -66,32 +78,50 @@ class WorkingCopy:
     """
 
     def __init__(
-        self, model: BertClassifier, dtype: torch.dtype, used_tokens_V: Tensor | None = None
+        self,
+        model: BertClassifier,
+        dtype: torch.dtype,
+        used_tokens_V: Tensor | None = None,
+        impl: str = "auto",
     ) -> None:
         """used_tokens_V: [V'] integer, the only tokens whose embeddings the copy has, known to it
-        by their places here; None: all."""
+        by their places here; None: all. impl: of the copy's operations."""
         masters = dict(model.named_parameters())
         self._all_words, self._used_tokens_V = masters[WORD_EMBEDDINGS], used_tokens_V
         if used_tokens_V is not None:
             rows_VD = self._all_words.detach()[used_tokens_V]
             masters[WORD_EMBEDDINGS] = nn.Parameter(rows_VD, self._all_words.requires_grad)
         self._words = masters[WORD_EMBEDDINGS]
-        self.model = cast_model(model.bert.config, masters, dtype)
+        trained = {name: master for name, master in masters.items() if master.requires_grad}
+        self.masters = list(trained.values())
+        sizes = [master.numel() for master in self.masters]
+        self.weights_P = torch.empty(sum(sizes), device=model.device)
+        """The masters, end to end, fp32."""
+        for master, weights in zip(self.masters, self.weights_P.split(sizes), strict=True):
+            master.data = weights.view_as(master).copy_(master.detach())
+
+        self.model = cast_model(model.bert.config, masters, dtype, impl)
         # On a CPU, naming the rows that have a gradient is far cheaper than a table of zeros.
         self.model.bert.embeddings.word.sparse = model.device.type == "cpu"
+        # Embeddings, which come first, are not rounded. (Norms that are not have room among the
+        # rounded weights all the same, a thousandth of it, which nobody reads.)
+        kept = [n for n in trained if dtype == torch.float32 or n.startswith("bert.embeddings.")]
+        self.num_unrounded = sum(sizes[: len(kept)])
+        """So many weights, the first, are fp32 in the copy too."""
+        self.rounded_P = self.weights_P[self.num_unrounded :].to(dtype)
+        """The others, end to end, in the precision of the copy."""
+        twins = [self.model.get_parameter(name) for name in trained]
+        rounded = self.rounded_P.split(sizes[len(kept) :])
+        for twin, weights in zip(twins[len(kept) :], rounded, strict=True):
+            if twin.dtype == dtype:
+                twin.data = weights.view_as(twin)
 
-        pairs = zip(masters.values(), self.model.parameters(), strict=True)
-        trained = [(master, twin) for master, twin in pairs if master.requires_grad]
-        self.masters = [master for master, _ in trained]
-        """The fp32 parameters to optimize."""
-        self._rounded = [(twin, master) for master, twin in trained if twin.dtype != master.dtype]
-        sizes = [master.numel() for master in self.masters]
-        self._gradients_P = torch.zeros(sum(sizes), device=model.device)
-        for master, gradient_P in zip(self.masters, self._gradients_P.split(sizes), strict=True):
-            master.grad = gradient_P.view_as(master)
+        self._gradients_P = torch.zeros_like(self.weights_P)
+        for master, gradient in zip(self.masters, self._gradients_P.split(sizes), strict=True):
+            master.grad = gradient.view_as(master)
         self._hooks = [
             twin.register_post_accumulate_grad_hook(partial(self._collect, master))
-            for master, twin in trained
+            for master, twin in zip(self.masters, twins, strict=True)
         ]
         self._arrived = 0
 
@@ -107,10 +137,7 @@ class WorkingCopy:
                 self._all_words[self._used_tokens_V] = self._words
 
     def take_gradients(self) -> Tensor:
-        """The gradients of the last backward, end to end: [P] fp32, and as `.grad` of the masters.
-
-        The same memory at every step.
-        """
+        """The gradients of the last backward, end to end: [P] fp32, the same memory each time."""
         assert self._arrived == len(self.masters), "every trained parameter takes part in the loss"
         self._arrived = 0
         return self._gradients_P
@@ -126,25 +153,21 @@ class WorkingCopy:
             master.grad.copy_(gradient)
         self._arrived += 1
 
-    def push_weights(self) -> None:
-        """Round the masters into the copy; what is fp32 in both is the same memory."""
-        if self._rounded:
-            twins, masters = zip(*self._rounded, strict=True)
-            with torch.no_grad():
-                torch._foreach_copy_(twins, masters)
-
 
 def cast_model(
-    config: BertConfig, masters: Mapping[str, nn.Parameter], dtype: torch.dtype
+    config: BertConfig,
+    masters: Mapping[str, nn.Parameter],
+    dtype: torch.dtype,
+    impl: str = "auto",
 ) -> BertClassifier:
-    """A model with these parameters in `dtype`, embeddings (and on a CPU norms) as they are.
+    """A model with these parameters in `dtype`, but embeddings, and norms where that can be, fp32.
 
-    What needs no cast shares its memory with the master.
+    What needs no cast shares its memory with the master. impl: of the model's operations.
     """
     twins = {}
     for name, master in masters.items():
-        on_cpu = master.device.type == "cpu"
-        kept = name.startswith("bert.embeddings.") or (on_cpu and "norm." in name)
+        fp32_norms = master.device.type == "cpu" or impl == "triton"
+        kept = name.startswith("bert.embeddings.") or (fp32_norms and "norm." in name)
         tensor = master.detach() if kept else master.detach().to(dtype)
         twins[name] = nn.Parameter(tensor, master.requires_grad)
-    return assemble_classifier(config, twins)
+    return assemble_classifier(config, twins, impl)

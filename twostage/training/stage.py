@@ -19,10 +19,12 @@ from ..data.packing import TokenStore, pack, renumber_tokens, send
 from ..data.samplers import epoch_batches
 from ..errors import NonFiniteError
 from ..progress import progress_bar
+from .loss_scale import make_loss_scale
 from .losses import Loss
-from .optim import clip_divisor, linear_decay, make_adamw
+from .masks import seed_masks
+from .optim import clip_divisor, linear_decay, make_moments, update_weights
 from .precision import WorkingCopy
-from .state import DROPOUT_STREAM, TrainingState, derive_seed
+from .state import DROPOUT_STREAM, TrainingState
 from .trunk import Features, FrozenTrunk, count_frozen_layers
 
 
@@ -61,6 +63,8 @@ class StageSettings:
     """One of `data.samplers.SAMPLERS`."""
     dtype: torch.dtype = torch.float32
     """Precision of forward and backward; the weights that are trained stay fp32."""
+    impl: str = "auto"
+    """Of the model's operations and the optimizer's; one of `kernels.IMPLS`."""
     schedule_steps: int | None = None
     """Steps until the learning rate reaches 0; None: the stage's own number of steps."""
 
@@ -127,42 +131,49 @@ def train_stage(
     num_frozen = count_frozen_layers(model)
     title = f"seed {state.seed}, stage {state.stage}"
     with (
-        WorkingCopy(model, settings.dtype, used_tokens_V) as work,
+        WorkingCopy(model, settings.dtype, used_tokens_V, settings.impl) as work,
         progress_bar(title, total_steps, "step", show_progress) as bar,
     ):
-        optimizer = make_adamw(
-            work.masters, settings.learning_rate, settings.weight_decay, state.optimizer
-        )
-        state.optimizer = optimizer
+        moments = state.moments = state.moments or make_moments(work.weights_P)
+        scale = state.loss_scale = state.loss_scale or make_loss_scale(settings.dtype, device)
         assert features is None or features.num_layers == num_frozen
-        trunk = FrozenTrunk(work.model, store, num_frozen, features)
+        trunk = FrozenTrunk(work.model, store, num_frozen, features, settings.impl)
         bar.update(state.step)
         while state.epoch < settings.epochs:
             batches = batches_of(state.epoch)
+            draws_before = np.cumsum([0, *map(len, batches)])
             while state.batch < len(batches):
                 rows_B = torch.from_numpy(batches[state.batch])
-                generator.manual_seed(
-                    derive_seed(DROPOUT_STREAM, state.seed, state.stage, state.step)
+                first_draw = int(draws_before[state.batch])
+                masks = seed_masks(
+                    state, DROPOUT_STREAM, state.step, first_draw, generator, settings.impl
                 )
 
                 if num_frozen:
-                    hidden_TD, layout = trunk.take_batch(state, batches)
-                    logits_BC = work.model.classify(hidden_TD, layout, num_frozen, generator)
+                    hidden_TD, batch = trunk.take_batch(state, batches)
+                    logits_BC = work.model.classify(
+                        hidden_TD, batch.layout, num_frozen, masks.of_batch(batch)
+                    )
                 else:
                     batch = pack(store, rows_B, device)
-                    logits_BC = work.model(**batch.inputs(), generator=generator)
+                    logits_BC = work.model(**batch.inputs(), randomness=masks.of_batch(batch))
                 loss = loss_function(logits_BC, send(labels_N[rows_B], device))
-                loss.backward()
+                (loss * scale.factor).backward()
 
-                grad_norm, divisor = clip_divisor(work.take_gradients(), settings.max_grad_norm)
+                gradients_P = work.take_gradients()
+                grad_norm, divisor = clip_divisor(gradients_P, settings.max_grad_norm, scale.factor)
+                skip = monitor.watch(loss, grad_norm, scale.update(grad_norm))
                 learning_rate = settings.learning_rate * linear_decay(state.step, schedule_steps)
-                optimizer.param_groups[0]["lr"] = learning_rate
-                # torch's fused AdamW reads both on the device: it divides the gradients by the one,
-                # and does nothing when the other is 1.
-                optimizer.grad_scale = divisor  # type: ignore[attr-defined]
-                optimizer.found_inf = monitor.watch(loss, grad_norm)  # type: ignore[attr-defined]
-                optimizer.step()
-                work.push_weights()
+                update_weights(
+                    work,
+                    gradients_P,
+                    moments,
+                    learning_rate,
+                    divisor,
+                    skip,
+                    weight_decay=settings.weight_decay,
+                    impl=settings.impl,
+                )
 
                 state.batch += 1
                 state.step += 1
@@ -188,7 +199,8 @@ class _Monitor:
     A step with a non-finite loss or gradient must not reach the weights, but if the host looked at
     every step it would wait for the device at every step. So the finding stays on the device, as a
     flag that turns this and all later steps of the optimizer into nothing, and the host reads it
-    at the next report (on the CPU, where nothing waits, at once).
+    at the next report (on the CPU, where nothing waits, at once). A gradient that overflows while
+    the loss scale can still fall is no such finding: that step alone is left out.
     """
 
     def __init__(self, state: TrainingState, total_steps: int, device: torch.device) -> None:
@@ -203,15 +215,17 @@ class _Monitor:
         self.steps = self.examples = 0
         self.began = perf_counter()
 
-    def watch(self, loss: Tensor, grad_norm: Tensor) -> Tensor:
-        """Call before the optimizer's step; returns the flag, 1.0 when it must not happen."""
+    def watch(self, loss: Tensor, grad_norm: Tensor, hopeless: Tensor) -> Tensor:
+        """Call before the optimizer's step; returns 1.0 when it must not happen, else 0.0.
+
+        hopeless: of `LossScale.update`.
+        """
         loss = loss.detach()
         self.loss_sum = self.loss_sum + loss
         self.grad_norm = grad_norm
-        finite = torch.isfinite(loss) & torch.isfinite(grad_norm)
-        self.bad = torch.maximum(self.bad, (~finite).float())
+        self.bad = torch.maximum(self.bad, torch.maximum(hopeless, (~torch.isfinite(loss)).float()))
         self.finite_steps += 1.0 - self.bad
-        return self.bad
+        return torch.maximum(self.bad, (~torch.isfinite(grad_norm)).float())
 
     def find_bad_step(self) -> int | None:
         """The first step, from 0, that was not finite; None also while it is too early to look."""

@@ -8,9 +8,10 @@ optimizer's moments they are all that a later process needs to go on as if nothi
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 
 from ..model.bert import BertClassifier
+from .loss_scale import LossScale
+from .optim import Moments
 
 
 @dataclass
@@ -28,17 +29,20 @@ class TrainingState:
     """The next batch of the epoch, from 0."""
     step: int = 0
     """Optimizer steps of the stage so far."""
-    optimizer: torch.optim.AdamW | None = None
-    """Of the current stage, None until it is entered. Without weight decay its moments of the word
-    embeddings have a row for each token of the stage's data, in order, and no others."""
+    moments: Moments | None = None
+    """AdamW's, None until the stage is entered. Without weight decay those of the word embeddings
+    have a row for each token of the stage's data, in order, and no others."""
+    loss_scale: LossScale | None = None
+    """None until the stage is entered."""
 
     def begin_stage(self, stage: int) -> None:
         """Enter `stage` at its first batch, with a new optimizer and schedule."""
-        self.stage, self.epoch, self.batch, self.step, self.optimizer = stage, 0, 0, 0, None
+        self.stage, self.epoch, self.batch, self.step = stage, 0, 0, 0
+        self.moments = self.loss_scale = None
 
 
 # The first number of a derived seed: what it is for.
-HEAD_STREAM, DROPOUT_STREAM, TRUNK_STREAM = 1, 2, 4  # 3: samplers
+HEAD_STREAM, DROPOUT_STREAM, TRUNK_STREAM, COUNTER_STREAM = 1, 2, 4, 5  # 3: samplers
 
 
 def derive_seed(*numbers: int) -> int:

@@ -21,13 +21,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.packing import TokenStore, pack
+from ..data.packing import PackedBatch, TokenStore, pack
 from ..data.samplers import cut_by_tokens, length_sorted_batches
-from ..kernels.attention import PackedLayout
 from ..model.bert import BertClassifier
 from .evaluation import tokens_at_once
+from .masks import Masks, seed_masks
 from .precision import cast_model
-from .state import TRUNK_STREAM, TrainingState, derive_seed
+from .state import TRUNK_STREAM, TrainingState
 
 WINDOW_TOKENS = 32_768
 """Tokens of a window: memory for this many hidden states is all that the trunk holds."""
@@ -61,11 +61,11 @@ def compute_features(
     store: TokenStore,
     rows_N: np.ndarray,
     num_layers: int,
-    generator: torch.Generator | None = None,
+    masks: Masks | None = None,
 ) -> Features:
     """Features of the texts `rows_N` of the store, in that order; a row may come repeatedly.
 
-    generator: turns dropout on and feeds it.
+    masks: turns dropout on.
     """
     lengths_N = store.lengths[torch.from_numpy(rows_N)]
     offsets = torch.cat([lengths_N.new_zeros(1), lengths_N.cumsum(0)])
@@ -83,7 +83,7 @@ def compute_features(
             batch.position_ids_T,
             batch.layout,
             num_layers=num_layers,
-            generator=generator,
+            randomness=None if masks is None else masks.of_batch(batch, texts),
         )
         hidden_TD[done : done + batch.num_tokens] = encoded_TD[: batch.num_tokens]
         done += batch.num_tokens
@@ -93,15 +93,17 @@ def compute_features(
     return Features(hidden_TD, TokenStore(ids.int(), offsets), num_layers)
 
 
-def cache_features(model: BertClassifier, store: TokenStore, dtype: torch.dtype) -> Features | None:
+def cache_features(
+    model: BertClassifier, store: TokenStore, dtype: torch.dtype, impl: str = "auto"
+) -> Features | None:
     """Features of every text of the store, by row, without dropout; None without frozen layers.
 
-    They take 2·D bytes a token in bf16, as long as they are kept.
+    They take 2·D bytes a token in bf16, as long as they are kept. impl: of the operations.
     """
     num_layers = count_frozen_layers(model)
     if num_layers == 0:
         return None
-    work = cast_model(model.bert.config, dict(model.named_parameters()), dtype)
+    work = cast_model(model.bert.config, dict(model.named_parameters()), dtype, impl)
     return compute_features(work, store, np.arange(len(store)), num_layers)
 
 
@@ -114,9 +116,10 @@ class FrozenTrunk:
         store: TokenStore,
         num_layers: int,
         features: Features | None = None,
+        impl: str = "auto",
     ) -> None:
-        """features: of every text of the store, by row."""
-        self.model, self.store, self.num_layers = model, store, num_layers
+        """features: of every text of the store, by row. impl: of the model's operations."""
+        self.model, self.store, self.num_layers, self.impl = model, store, num_layers, impl
         self._all_features = features
         self._epoch = -1
         self._windows: list[np.ndarray] = []  # the epoch's batches, by their numbers
@@ -126,14 +129,14 @@ class FrozenTrunk:
 
     def take_batch(
         self, state: TrainingState, batches: Sequence[np.ndarray]
-    ) -> tuple[Tensor, PackedLayout]:
-        """Features of batch `state.batch` of the epoch, [T, D], and its layout."""
+    ) -> tuple[Tensor, PackedBatch]:
+        """Features of batch `state.batch` of the epoch, [T, D], and the batch itself."""
         if self._all_features is not None:
             features, rows_B = self._all_features, torch.from_numpy(batches[state.batch])
         else:
             features, rows_B = self._features_of(state, batches)
         batch = pack(features.store, rows_B, features.hidden_TD.device)
-        return features.hidden_TD.index_select(0, batch.input_ids_T), batch.layout
+        return features.hidden_TD.index_select(0, batch.input_ids_T), batch
 
     def _features_of(
         self, state: TrainingState, batches: Sequence[np.ndarray]
@@ -146,11 +149,12 @@ class FrozenTrunk:
             window = next(window for window in self._windows if window[-1] >= state.batch)
             first = state.step - (state.batch - int(window[0]))
             self._steps = range(first, first + len(window))
-            seed = derive_seed(TRUNK_STREAM, state.seed, state.stage, first)
-            generator = torch.Generator(self.model.device).manual_seed(seed)
             rows = [batches[b] for b in window]
+            first_draw = sum(map(len, batches[: window[0]]))
+            generator = torch.Generator(self.model.device)
+            masks = seed_masks(state, TRUNK_STREAM, first, first_draw, generator, self.impl)
             self._window = compute_features(
-                self.model, self.store, np.concatenate(rows), self.num_layers, generator
+                self.model, self.store, np.concatenate(rows), self.num_layers, masks
             )
             self._draws = list(torch.arange(sum(map(len, rows))).split([len(r) for r in rows]))
         return self._window, self._draws[state.step - self._steps[0]]

@@ -1,0 +1,465 @@
+"""Each Triton kernel beside torch's own operation: how exact, how fast, how near to the limit.
+
+    python benchmarks/kernel_throughput.py                  on a CUDA GPU
+    python benchmarks/kernel_throughput.py --rehearse       on a CPU, interpreted, with tiny shapes
+
+For every operation, precision and shape:
+
+- the error against fp64, ours and torch's at the same precision, the larger of output and gradients
+  (the same masks of dropout in all three);
+- the time of forward alone, and of forward and backward, of ours, of torch's operations one by one
+  (with torch's own dropout), and of the same under torch.compile;
+- the bytes that must be moved, each input read once and each output written once, over that time,
+  as a share of the copy rate that was measured in the same run.
+
+A call takes microseconds, less than it takes to launch it from Python: on a GPU ten calls, each on
+inputs of its own, are captured in a CUDA graph, and its replays are timed. The shapes are those of
+BERT-base at batch 16 and at batch 512. An operation is run in a process of its own.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+import torch
+from harness import (
+    RESULTS,
+    describe_environment,
+    markdown_table,
+    measure_limits,
+    run_child,
+    save,
+    synchronize,
+)
+from torch import Tensor
+from torch.nn import functional as F
+from train_throughput import describe_place
+
+from twostage.kernels.adamw import adamw_, reference_adamw_
+from twostage.kernels.cross_entropy import fused_cross_entropy, reference_cross_entropy
+from twostage.kernels.dropout import DropoutCounters
+from twostage.kernels.embedding import embed_tokens, reference_embed_tokens
+from twostage.kernels.gelu import bias_gelu, reference_bias_gelu
+from twostage.kernels.residual_norm import (
+    dropout_residual_norm,
+    reference_dropout_residual_norm,
+)
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+P, EPS = 0.1, 1e-12
+CALLS = 10
+"""In a graph, each on inputs of its own: together more than a cache holds, at the larger shapes."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape. Functions take the leaves and return the output."""
+
+    shape: str
+    leaves: list[Tensor]
+    """What gets a gradient; in the case's precision."""
+    ours: Callable[..., Tensor]
+    plain: Callable[..., Tensor]
+    """torch's own operations, as one would write them."""
+    reference: Callable[..., Tensor]
+    """As `plain`, with the masks of `ours`; also for leaves in fp64."""
+    forward_bytes: float
+    backward_bytes: float
+    to_compile: Callable[..., Tensor] | None = None
+    """Instead of `plain`."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rehearse", action="store_true", help="interpreted, with tiny shapes")
+    parser.add_argument("--output", type=Path, help="folder for the results (default: results/)")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.job:
+        print(json.dumps(run_job(json.loads(options.job))))
+        return 0
+    if not options.rehearse and not torch.cuda.is_available():
+        print("kernel_throughput: torch sees no CUDA GPU; --rehearse runs here", file=sys.stderr)
+        return 2
+    device = "cpu" if options.rehearse else "cuda"
+    record = describe_environment(device) | {
+        "limits": measure_limits(torch.device(device), quick=options.rehearse),
+        "kernels": [row for job in make_kernel_jobs(device) for row in run_kernel_job(job)],
+    }
+    output = options.output
+    if output is None:
+        output = Path(tempfile.mkdtemp(prefix="kernels-")) if options.rehearse else RESULTS
+    place = "rehearsal" if options.rehearse else describe_place(record)
+    save(output, f"kernel_throughput-{place}", describe_kernels(record), record)
+    print(f"{describe_kernels(record)}\n\n{json.dumps(record)}\n\nwritten to {output}")
+    return int(any(not row.get("close") for row in record["kernels"]))
+
+
+def make_kernel_jobs(device: str) -> list[dict[str, Any]]:
+    """An operation each."""
+    return [{"operation": name, "device": device} for name in OPERATIONS]
+
+
+def run_kernel_job(job: dict[str, Any], timeout: float = 240.0) -> list[dict[str, Any]]:
+    """Rows of one operation, measured in a process of its own; or one that says what went wrong."""
+    if job["device"] == "cpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+    result = run_child(Path(__file__), job, timeout)
+    rows: list[dict[str, Any]] = result.get("rows", [])
+    return rows or [{"operation": job["operation"], "failure": result.get("error", "no rows")}]
+
+
+def run_job(job: dict[str, Any]) -> dict[str, Any]:
+    device = torch.device(job["device"])
+    torch.set_float32_matmul_precision("highest")
+    rows = []
+    for name, dtype in DTYPES.items():
+        for case_of in OPERATIONS[job["operation"]](device):
+            rows.append(
+                {"operation": job["operation"], "precision": name}
+                | measure(partial(case_of, dtype), dtype, device)
+            )
+    return {"rows": rows}
+
+
+def measure(
+    make_case: Callable[[int], Case], dtype: torch.dtype, device: torch.device
+) -> dict[str, Any]:
+    """Errors and times of one case. make_case: takes a seed, as calls differ in their inputs."""
+    case = make_case(0)
+    exact = run_through(case.reference, [leaf.double() for leaf in case.leaves])
+    # Ours last: AdamW changes what it is given.
+    torchs, ours = (run_through(f, case.leaves) for f in (case.reference, case.ours))
+    errors = [max(map(relative_error, results, exact)) for results in (ours, torchs)]
+    close = all(
+        relative_error(our, truth) <= 2 * relative_error(its, truth) + torch.finfo(dtype).eps
+        for our, its, truth in zip(ours, torchs, exact, strict=True)
+    )
+    row: dict[str, Any] = {
+        "shape": case.shape,
+        "error": errors[0],
+        "torch_error": errors[1],
+        "close": close,
+        "bytes": {"forward": case.forward_bytes, "both": case.forward_bytes + case.backward_bytes},
+        "seconds": {},
+    }
+    cases = [make_case(seed) for seed in range(CALLS if device.type == "cuda" else 2)]
+    rivals = {"ours": case.ours, "torch": case.plain}
+    if device.type == "cuda":
+        rivals["compiled"] = torch.compile(case.to_compile or case.plain, dynamic=False)
+    for name, function in rivals.items():
+        for part in ("forward", "both") if case.backward_bytes else ("forward",):
+            call = run_through if part == "both" else run_forward
+            row["seconds"][f"{name}_{part}"] = seconds_of(
+                [partial(call, function, each.leaves) for each in cases], device
+            )
+    return row
+
+
+def run_forward(function: Callable[..., Tensor], leaves: Sequence[Tensor]) -> Tensor:
+    with torch.no_grad():
+        return function(*leaves)
+
+
+def run_through(function: Callable[..., Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
+    """Output and gradients, for an upstream gradient that is not of ones."""
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    out = function(*leaves)
+    if not out.requires_grad:  # AdamW, which has no backward
+        return [out]
+    upstream = torch.cos(torch.arange(out.numel(), device=out.device)).view(out.shape)
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+
+
+def relative_error(ours: Tensor, exact: Tensor) -> float:
+    return float((ours.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-6))
+
+
+def seconds_of(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
+    """Of one call: the median over replays of a graph of all of them; on a CPU, over rounds."""
+
+    def round_of_calls() -> None:
+        for call in calls:
+            call()
+
+    if device.type == "cpu":
+        round_of_calls()
+        times = []
+        for _ in range(3):
+            began = perf_counter()
+            round_of_calls()
+            times.append(perf_counter() - began)
+        return float(np.median(times)) / len(calls)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # compiles, and allocates what the graph must not
+        for _ in range(3):
+            round_of_calls()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        round_of_calls()
+    times = []
+    for _ in range(33):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        began.record()
+        graph.replay()
+        ended.record()
+        synchronize(device)
+        times.append(began.elapsed_time(ended) / 1e3)
+    return float(np.median(times[3:])) / len(calls)
+
+
+def describe_kernels(record: dict[str, Any]) -> str:
+    """The table, in Markdown."""
+    rows = []
+    for row in record["kernels"]:
+        if "failure" in row:
+            rows.append([row["operation"], "", row["failure"], *[""] * 5])
+            continue
+        times = row["seconds"]
+        for part in ("forward", "both"):
+            if f"ours_{part}" not in times:
+                continue
+            ours = times[f"ours_{part}"]
+            share = row["bytes"][part] / ours / record["limits"]["copy_bytes"]
+            rows.append(
+                [
+                    row["operation"],
+                    row["precision"],
+                    f"{row['shape']}, {'forward' if part == 'forward' else 'with backward'}",
+                    f"{row['error']:.1e} / {row['torch_error']:.1e}"
+                    + ("" if row["close"] else " **too large**"),
+                    f"{ours * 1e6:.1f}",
+                    f"{times[f'torch_{part}'] * 1e6:.1f}",
+                    f"{times[f'compiled_{part}'] * 1e6:.1f}" if f"compiled_{part}" in times else "",
+                    f"{share:.0%}",
+                ]
+            )
+    header = ["operation", "precision", "case", "error, ours / torch's", "ours, µs", "torch, µs"]
+    table = markdown_table([*header, "compiled, µs", "copy rate"], rows)
+    interpreted = "\n\nTimes of ours are those of Triton's interpreter, and mean nothing."
+    is_rehearsal = "--rehearse" in record["command"]
+    return f"The kernels:\n\n{table}{interpreted if is_rehearsal else ''}"
+
+
+# The operations: each a function of the device, which gives functions of (dtype, seed) → Case.
+
+CaseOf = Callable[[torch.dtype, int], Case]
+
+
+def shapes_on(device: torch.device, full: Sequence[Any], tiny: Any) -> Sequence[Any]:
+    return full if device.type == "cuda" else [tiny]
+
+
+def draw(device: torch.device, seed: int, *shape: int) -> Tensor:
+    """N(0, 1), fp32."""
+    generator = torch.Generator(device).manual_seed(hash((seed, shape)) % 2**31)
+    return torch.randn(shape, generator=generator, device=device)
+
+
+def make_counters(device: torch.device, num_rows: int, seed: int) -> DropoutCounters:
+    rows = torch.arange(num_rows, dtype=torch.int32, device=device)
+    key = torch.tensor([seed + 1], device=device)
+    return DropoutCounters(key, rows // 20, rows % 20, torch.Generator(device))
+
+
+def residual_norm_cases(device: torch.device) -> list[CaseOf]:
+    def case_of(tokens: int, width: int, dtype: torch.dtype, seed: int) -> Case:
+        where = make_counters(device, tokens, seed)
+        x_TD, residual_TD = (draw(device, seed + i, tokens, width).to(dtype) for i in (0, 100))
+        weight_D, bias_D = (draw(device, seed + i, width).to(dtype) for i in (200, 300))
+
+        def plain(x_TD: Tensor, residual_TD: Tensor, *norm: Tensor) -> Tensor:
+            return F.layer_norm(residual_TD + F.dropout(x_TD, P), (width,), *norm, EPS)
+
+        size = x_TD.element_size() * tokens * width
+        return Case(
+            f"{tokens}×{width}",
+            [x_TD, residual_TD, weight_D, bias_D],
+            lambda *leaves: dropout_residual_norm(*leaves, EPS, P, where, 1, "triton"),
+            plain,
+            lambda *leaves: reference_dropout_residual_norm(*leaves, EPS, P, where, 1),
+            forward_bytes=3 * size,
+            backward_bytes=5 * size,
+        )
+
+    shapes = shapes_on(device, [(320, 768), (13_000, 768)], (20, 40))
+    return [partial(case_of, *shape) for shape in shapes]
+
+
+def gelu_cases(device: torch.device) -> list[CaseOf]:
+    def case_of(tokens: int, width: int, dtype: torch.dtype, seed: int) -> Case:
+        x_TI = draw(device, seed, tokens, width).to(dtype)
+        bias_I = draw(device, seed + 100, width).to(dtype)
+        size = x_TI.element_size() * tokens * width
+        return Case(
+            f"{tokens}×{width}",
+            [x_TI, bias_I],
+            lambda *leaves: bias_gelu(*leaves, "triton"),
+            lambda x_TI, bias_I: F.gelu(x_TI + bias_I),
+            reference_bias_gelu,
+            forward_bytes=2 * size,
+            backward_bytes=3 * size,
+        )
+
+    shapes = shapes_on(device, [(320, 3_072), (13_000, 3_072)], (20, 40))
+    return [partial(case_of, *shape) for shape in shapes]
+
+
+def embedding_cases(device: torch.device) -> list[CaseOf]:
+    def case_of(tokens: int, words: int, width: int, dtype: torch.dtype, seed: int) -> Case:
+        where = make_counters(device, tokens, seed)
+        generator = torch.Generator(device).manual_seed(seed)
+        ids_T = torch.randint(words, (tokens,), generator=generator, device=device)
+        positions_T = where.positions_T.long()
+        # Tables and norm are fp32, whatever the precision of the output.
+        word_VD, position_LD = (draw(device, seed + n, n, width) for n in (words, 512))
+        token_type_D, weight_D, bias_D = (draw(device, seed + i, width) for i in range(3))
+
+        def plain(
+            word_VD: Tensor, position_LD: Tensor, token_type_D: Tensor, *norm: Tensor
+        ) -> Tensor:
+            embedded_TD = F.embedding(ids_T, word_VD) + F.embedding(positions_T, position_LD)
+            normed_TD = F.layer_norm(embedded_TD + token_type_D, (width,), *norm, EPS)
+            return F.dropout(normed_TD.to(dtype), P)
+
+        def reference(*leaves: Tensor) -> Tensor:
+            out_dtype = leaves[0].dtype if leaves[0].dtype == torch.float64 else dtype
+            return reference_embed_tokens(ids_T, positions_T, *leaves, EPS, out_dtype, P, where, 0)
+
+        row = tokens * width
+        size = torch.finfo(dtype).bits // 8
+        return Case(
+            f"{tokens}×{width} of {words}",
+            [word_VD, position_LD, token_type_D, weight_D, bias_D],
+            lambda *leaves: embed_tokens(
+                ids_T, positions_T, *leaves, EPS, dtype, P, where, 0, "triton"
+            ),
+            plain,
+            reference,
+            forward_bytes=row * (4 + size),
+            # The dense gradient of the words is written whole.
+            backward_bytes=row * (4 + size) + 4 * width * words,
+        )
+
+    shapes = shapes_on(device, [(320, 10_000, 768), (13_000, 10_000, 768)], (20, 30, 40))
+    return [partial(case_of, *shape) for shape in shapes]
+
+
+def cross_entropy_cases(device: torch.device) -> list[CaseOf]:
+    def case_of(batch: int, classes: int, dtype: torch.dtype, seed: int) -> Case:
+        generator = torch.Generator(device).manual_seed(seed)
+        labels_B = torch.randint(classes, (batch,), generator=generator, device=device)
+        logits_BC = draw(device, seed, batch, classes).to(dtype)
+        classes_C = torch.arange(classes, device=device)
+        weights_C, margins_C = (draw(device, seed + i, classes).abs() / 2 + 0.1 for i in (100, 200))
+
+        def plain(logits_BC: Tensor) -> Tensor:
+            margin_BC = (labels_B[:, None] == classes_C) * margins_C
+            return F.cross_entropy(logits_BC.float() - margin_BC, labels_B, weights_C)
+
+        size = logits_BC.element_size() * batch * classes
+        return Case(
+            f"{batch}×{classes}",
+            [logits_BC],
+            lambda logits_BC: fused_cross_entropy(
+                logits_BC, labels_B, weights_C, margins_C, 1.0, "triton"
+            ),
+            plain,
+            lambda logits_BC: reference_cross_entropy(logits_BC, labels_B, weights_C, margins_C),
+            forward_bytes=size,
+            backward_bytes=size,
+        )
+
+    shapes = shapes_on(device, [(16, 2), (512, 2), (512, 1_000)], (16, 3))
+    return [partial(case_of, *shape) for shape in shapes]
+
+
+def update_by_formula(
+    weights_P: Tensor,
+    gradients_P: Tensor,
+    exp_avg_P: Tensor,
+    exp_avg_sq_P: Tensor,
+    update: Tensor,
+    learning_rate: Tensor,
+    divisor: Tensor,
+    rounded_P: Tensor | None,
+) -> None:
+    """AdamW as one would write it for torch.compile: no skipping, which would be a wait."""
+    g_P = gradients_P.float() / divisor
+    exp_avg_P.lerp_(g_P, 0.1)
+    exp_avg_sq_P.mul_(0.999).addcmul_(g_P, g_P, value=0.001)
+    denominator_P = exp_avg_sq_P.sqrt() / (1 - 0.999**update).sqrt() + 1e-8
+    weights_P.sub_(learning_rate.float() / (1 - 0.9**update) * exp_avg_P / denominator_P)
+    if rounded_P is not None:
+        rounded_P.copy_(weights_P)
+
+
+def adamw_cases(device: torch.device) -> list[CaseOf]:
+    def case_of(count: int, dtype: torch.dtype, seed: int) -> Case:
+        weights_P = draw(device, seed, count)
+        gradients_P = draw(device, seed + 100, count).to(dtype)
+        exp_avg_P = draw(device, seed + 200, count)
+        exp_avg_sq_P = draw(device, seed + 300, count).abs()
+        one = torch.ones((), device=device)
+        scalars = (5 * one, 1e-3 * one.double(), 2 * one, 0 * one)
+        rounded_P = None if dtype == torch.float32 else torch.empty_like(gradients_P)
+
+        def ours(weights_P: Tensor) -> Tensor:
+            weights_P, *moments = (t.detach() for t in (weights_P, exp_avg_P, exp_avg_sq_P))
+            adamw_(weights_P, gradients_P, *moments, *scalars, rounded_P=rounded_P, impl="triton")
+            return weights_P
+
+        def plain(weights_P: Tensor) -> Tensor:
+            weights_P, *moments = (t.detach() for t in (weights_P, exp_avg_P, exp_avg_sq_P))
+            adamw_(weights_P, gradients_P, *moments, *scalars, rounded_P=rounded_P, impl="torch")
+            return weights_P
+
+        def formula(weights_P: Tensor) -> Tensor:
+            weights_P, *moments = (t.detach() for t in (weights_P, exp_avg_P, exp_avg_sq_P))
+            update_by_formula(weights_P, gradients_P, *moments, *scalars[:3], rounded_P)
+            return weights_P
+
+        def reference(weights_P: Tensor) -> Tensor:
+            buffers = (weights_P, gradients_P, exp_avg_P, exp_avg_sq_P)
+            copies = [t.detach().to(weights_P.dtype, copy=True) for t in buffers]
+            reference_adamw_(*copies, *scalars)
+            return copies[0]
+
+        return Case(
+            f"{count:,} weights",
+            [weights_P],
+            ours,
+            plain,
+            reference,
+            # Of the gradient and the rounded copy together, 4 bytes in every precision.
+            forward_bytes=count * (24 + 4),
+            backward_bytes=0,
+            to_compile=formula,
+        )
+
+    shapes = shapes_on(device, [(7_100_000,), (86_000_000,)], (3_000,))
+    return [partial(case_of, *shape) for shape in shapes]
+
+
+OPERATIONS: dict[str, Callable[[torch.device], list[CaseOf]]] = {
+    "cross-entropy": cross_entropy_cases,
+    "residual norm": residual_norm_cases,
+    "bias + GELU": gelu_cases,
+    "embedding": embedding_cases,
+    "AdamW": adamw_cases,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

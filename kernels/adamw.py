@@ -1,0 +1,206 @@
+"""AdamW over flat buffers: every trained weight in one pass over memory.
+
+With g the gradient divided by `divisor`, λ the weight decay, t the number of this update
+(Loshchilov & Hutter 2019, algorithm 2, with the learning rate as torch applies it):
+
+    w ← (1 − lr·λ) · w
+    m ← m + (1 − β1) · (g − m)                 running mean of the gradients
+    v ← β2 · v + (1 − β2) · g²                 running mean of their squares
+    w ← w − lr / (1 − β1ᵗ) · m / (√v / √(1 − β2ᵗ) + eps)
+    rounded ← w                                in bf16 or fp16
+
+The divisions by 1 − βᵗ undo that m and v start at 0: after t updates, their weights of past
+gradients sum to 1 − βᵗ only.
+
+An encoder has some 200 parameters, and the same few operations for each of them. Here they lie end
+to end, so that one launch serves all, and w, g, m and v are read once and written once: 16 bytes in
+and 12 out a weight, and 2 more for the rounded copy that forward and backward use, which else would
+cost a pass of its own.
+
+Learning rate, t, divisor (the clip factor and the loss scale) and the flag `skip` are read from
+device memory when the kernel runs: the host need not know them when it launches, and a CUDA graph
+can launch the same kernel again with other values in the same places.
+
+Shapes: P weights.
+"""
+
+import torch
+from torch import Tensor
+
+from . import Pointer, jit, tl, torch_operator, use_triton
+
+BETAS = (0.9, 0.999)
+EPS = 1e-8
+
+
+def adamw_(
+    weights_P: Tensor,
+    gradients_P: Tensor,
+    exp_avg_P: Tensor,
+    exp_avg_sq_P: Tensor,
+    update: Tensor,
+    learning_rate: Tensor,
+    divisor: Tensor,
+    skip: Tensor,
+    *,
+    rounded_P: Tensor | None = None,
+    weight_decay: float = 0.0,
+    impl: str = "auto",
+) -> None:
+    """One update, in place, of weights and moments; without autograd.
+
+    weights_P, exp_avg_P, exp_avg_sq_P: [P] fp32, contiguous. gradients_P: [P] fp32, bf16 or fp16;
+    the torch path may leave them divided. rounded_P: [P] bf16 or fp16, gets the new weights. The
+    rest are scalars on the device: update, the number of this one from 1, fp32; learning_rate,
+    fp64; divisor of the gradients, fp32; skip, fp32: where it is not 0, nothing changes at all.
+    """
+    if use_triton(impl, weights_P):
+        _update(
+            weights_P,
+            gradients_P,
+            exp_avg_P,
+            exp_avg_sq_P,
+            update,
+            learning_rate,
+            divisor,
+            skip,
+            rounded_P,
+            weight_decay,
+        )
+        return
+    torch._fused_adamw_(
+        [weights_P],
+        [gradients_P.to(weights_P.dtype)],
+        [exp_avg_P],
+        [exp_avg_sq_P],
+        [],
+        [update],
+        lr=learning_rate,
+        beta1=BETAS[0],
+        beta2=BETAS[1],
+        weight_decay=weight_decay,
+        eps=EPS,
+        amsgrad=False,
+        maximize=False,
+        grad_scale=divisor,
+        found_inf=skip,
+    )
+    if rounded_P is not None:
+        rounded_P.copy_(weights_P)
+
+
+def reference_adamw_(
+    weights_P: Tensor,
+    gradients_P: Tensor,
+    exp_avg_P: Tensor,
+    exp_avg_sq_P: Tensor,
+    update: Tensor,
+    learning_rate: Tensor,
+    divisor: Tensor,
+    skip: Tensor,
+    *,
+    rounded_P: Tensor | None = None,
+    weight_decay: float = 0.0,
+) -> None:
+    """The same update, written as the formula, in the weights' precision."""
+    if skip != 0:
+        return
+    beta1, beta2 = BETAS
+    g_P = gradients_P.to(weights_P.dtype) / divisor
+    weights_P.mul_(1 - learning_rate * weight_decay)
+    exp_avg_P.add_((1 - beta1) * (g_P - exp_avg_P))
+    exp_avg_sq_P.mul_(beta2).add_((1 - beta2) * g_P**2)
+    t = float(update)
+    denominator_P = exp_avg_sq_P.sqrt() / (1 - beta2**t) ** 0.5 + EPS
+    weights_P.sub_(learning_rate / (1 - beta1**t) * exp_avg_P / denominator_P)
+    if rounded_P is not None:
+        rounded_P.copy_(weights_P)
+
+
+BLOCK, WARPS = 1_024, 4
+"""Weights of a program: eight a thread, two loads of 16 bytes of each buffer. Not tuned on a
+GPU yet."""
+
+
+@torch_operator(
+    "adamw_(Tensor(a!) weights, Tensor gradients, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
+    "Tensor update, Tensor learning_rate, Tensor divisor, Tensor skip, Tensor(d!)? rounded, "
+    "float weight_decay) -> ()",
+    fake=lambda *_: None,
+)
+def _update(
+    weights_P: Tensor,
+    gradients_P: Tensor,
+    exp_avg_P: Tensor,
+    exp_avg_sq_P: Tensor,
+    update: Tensor,
+    learning_rate: Tensor,
+    divisor: Tensor,
+    skip: Tensor,
+    rounded_P: Tensor | None,
+    weight_decay: float,
+) -> None:
+    num_weights = weights_P.numel()
+    if num_weights:
+        _adamw_kernel[(-(-num_weights // BLOCK),)](
+            weights_P,
+            gradients_P,
+            exp_avg_P,
+            exp_avg_sq_P,
+            rounded_P,
+            update,
+            learning_rate,
+            divisor,
+            skip,
+            num_weights,
+            weight_decay,
+            BETA1=BETAS[0],
+            BETA2=BETAS[1],
+            EPS=EPS,
+            BLOCK=BLOCK,
+            num_warps=WARPS,
+            enable_fp_fusion=True,
+        )
+
+
+@jit
+def _adamw_kernel(
+    weights_P: "Pointer",
+    gradients_P: "Pointer",
+    exp_avg_P: "Pointer",
+    exp_avg_sq_P: "Pointer",
+    rounded_P: "Pointer",
+    update: "Pointer",
+    learning_rate: "Pointer",
+    divisor: "Pointer",
+    skip: "Pointer",
+    num_weights: int,
+    weight_decay: float,
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    if tl.load(skip) != 0.0:
+        return
+    # In fp64, a few operations a program: in fp32, 1 - 0.999 has four digits.
+    t = tl.load(update).to(tl.float64)
+    rate = tl.load(learning_rate)
+    step_size = (rate / (1.0 - tl.exp(t * tl.log(tl.full([], BETA1, tl.float64))))).to(tl.float32)
+    correction = tl.sqrt(1.0 - tl.exp(t * tl.log(tl.full([], BETA2, tl.float64)))).to(tl.float32)
+    decay = (1.0 - rate * weight_decay).to(tl.float32)
+
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < num_weights
+    g = tl.load(gradients_P + places, mask=inside, other=0.0).to(tl.float32) / tl.load(divisor)
+    m = tl.load(exp_avg_P + places, mask=inside, other=0.0)
+    v = tl.load(exp_avg_sq_P + places, mask=inside, other=0.0)
+    w = tl.load(weights_P + places, mask=inside, other=0.0) * decay
+    m += (1.0 - BETA1) * (g - m)
+    v = BETA2 * v + (1.0 - BETA2) * g * g
+    w -= step_size * m / (tl.sqrt(v) / correction + EPS)
+    tl.store(exp_avg_P + places, m, mask=inside)
+    tl.store(exp_avg_sq_P + places, v, mask=inside)
+    tl.store(weights_P + places, w, mask=inside)
+    if rounded_P is not None:
+        tl.store(rounded_P + places, w, mask=inside)

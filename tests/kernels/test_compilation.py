@@ -1,0 +1,54 @@
+"""Every kernel, compiled for GPUs that need not be here: their limits, and no spills."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
+"""Bytes that a block may have (CUDA C++ programming guide, table of compute capabilities)."""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path_factory.mktemp("triton"))}
+    environment.pop("TRITON_INTERPRET", None)
+    finished = subprocess.run(
+        [sys.executable, "-W", "error", Path(__file__).with_name("compile_launches.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stderr
+    return json.loads(finished.stdout)
+
+
+def test_every_kernel_is_compiled_in_every_precision_for_both_targets(
+    compiled: list[dict[str, Any]], kernel_names: set[str]
+) -> None:
+    assert len(kernel_names) == 10
+    assert {row["kernel"] for row in compiled} == kernel_names
+    for target in SHARED_MEMORY:
+        for precision in ("fp32", "bf16", "fp16"):
+            found = {
+                row["kernel"]
+                for row in compiled
+                if row["capability"] == target and f"*{precision}" in row["arguments"]
+            }
+            # This one sees sums alone, which are fp32.
+            assert kernel_names - found <= {"cross_entropy._reduce_kernel"}
+
+
+def test_shared_memory_is_within_the_limits(compiled: list[dict[str, Any]]) -> None:
+    for row in compiled:
+        assert row["shared"] <= SHARED_MEMORY[row["capability"]], row
+
+
+def test_registers_do_not_spill(compiled: list[dict[str, Any]]) -> None:
+    spilled = [row for row in compiled if row["spills"]]
+    assert not spilled, spilled
