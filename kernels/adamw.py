@@ -24,6 +24,8 @@ can launch the same kernel again with other values in the same places.
 Shapes: P weights.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -156,6 +158,8 @@ def _update(
             weight_decay,
             BETA1=BETAS[0],
             BETA2=BETAS[1],
+            LOG_BETA1=math.log(BETAS[0]),
+            LOG_BETA2=math.log(BETAS[1]),
             EPS=EPS,
             BLOCK=BLOCK,
             num_warps=WARPS,
@@ -178,29 +182,83 @@ def _adamw_kernel(
     weight_decay: float,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
+    LOG_BETA1: tl.constexpr,
+    LOG_BETA2: tl.constexpr,
     EPS: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
     if tl.load(skip) != 0.0:
         return
-    # In fp64, a few operations a program: in fp32, 1 - 0.999 has four digits.
+    # βᵗ in fp64: in fp32, 1 - 0.999 has four digits.
     t = tl.load(update).to(tl.float64)
+    debias1 = (1.0 - tl.exp(t * tl.full([], LOG_BETA1, tl.float64))).to(tl.float32)
+    debias2 = (1.0 - tl.exp(t * tl.full([], LOG_BETA2, tl.float64))).to(tl.float32)
     rate = tl.load(learning_rate)
-    step_size = (rate / (1.0 - tl.exp(t * tl.log(tl.full([], BETA1, tl.float64))))).to(tl.float32)
-    correction = tl.sqrt(1.0 - tl.exp(t * tl.log(tl.full([], BETA2, tl.float64)))).to(tl.float32)
+    step_size, correction = rate.to(tl.float32) / debias1, tl.sqrt(debias2)
     decay = (1.0 - rate * weight_decay).to(tl.float32)
 
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < num_weights
-    g = tl.load(gradients_P + places, mask=inside, other=0.0).to(tl.float32) / tl.load(divisor)
-    m = tl.load(exp_avg_P + places, mask=inside, other=0.0)
-    v = tl.load(exp_avg_sq_P + places, mask=inside, other=0.0)
-    w = tl.load(weights_P + places, mask=inside, other=0.0) * decay
+    # A mask that could end within 16 bytes would cut every load to single numbers: only the last
+    # block has one.
+    if (tl.program_id(0) + 1) * BLOCK <= num_weights:
+        _update_block(
+            weights_P + places,
+            gradients_P + places,
+            exp_avg_P + places,
+            exp_avg_sq_P + places,
+            None if rounded_P is None else rounded_P + places,
+            None,
+            tl.load(divisor),
+            step_size,
+            correction,
+            decay,
+            BETA1,
+            BETA2,
+            EPS,
+        )
+    else:
+        _update_block(
+            weights_P + places,
+            gradients_P + places,
+            exp_avg_P + places,
+            exp_avg_sq_P + places,
+            None if rounded_P is None else rounded_P + places,
+            places < num_weights,
+            tl.load(divisor),
+            step_size,
+            correction,
+            decay,
+            BETA1,
+            BETA2,
+            EPS,
+        )
+
+
+@jit
+def _update_block(
+    weights: "Pointer",
+    gradients: "Pointer",
+    exp_avg: "Pointer",
+    exp_avg_sq: "Pointer",
+    rounded: "Pointer",
+    inside: "Pointer",
+    divisor: "Pointer",
+    step_size: "Pointer",
+    correction: "Pointer",
+    decay: "Pointer",
+    BETA1: tl.constexpr,
+    BETA2: tl.constexpr,
+    EPS: tl.constexpr,
+) -> None:
+    g = tl.load(gradients, mask=inside).to(tl.float32) / divisor
+    m = tl.load(exp_avg, mask=inside)
+    v = tl.load(exp_avg_sq, mask=inside)
+    w = tl.load(weights, mask=inside) * decay
     m += (1.0 - BETA1) * (g - m)
     v = BETA2 * v + (1.0 - BETA2) * g * g
     w -= step_size * m / (tl.sqrt(v) / correction + EPS)
-    tl.store(exp_avg_P + places, m, mask=inside)
-    tl.store(exp_avg_sq_P + places, v, mask=inside)
-    tl.store(weights_P + places, w, mask=inside)
-    if rounded_P is not None:
-        tl.store(rounded_P + places, w, mask=inside)
+    tl.store(exp_avg, m, mask=inside)
+    tl.store(exp_avg_sq, v, mask=inside)
+    tl.store(weights, w, mask=inside)
+    if rounded is not None:
+        tl.store(rounded, w, mask=inside)

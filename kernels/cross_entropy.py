@@ -253,7 +253,7 @@ def _forward_kernel(
     gradient_BC: "Pointer",
     shares_2P: "Pointer",
     num_rows: int,
-    num_classes: int,
+    C: tl.constexpr,
     scale: float,
     WITH_GRADIENT: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -261,13 +261,13 @@ def _forward_kernel(
 ) -> None:
     rows_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     classes_C = tl.arange(0, BLOCK_C)
-    is_row_R, is_class_C = rows_R < num_rows, classes_C < num_classes
+    is_row_R, is_class_C = rows_R < num_rows, classes_C < C
     inside_RC = is_row_R[:, None] & is_class_C[None, :]
-    places_RC = rows_R[:, None].to(tl.int64) * num_classes + classes_C[None, :]
+    places_RC = rows_R[:, None].to(tl.int64) * C + classes_C[None, :]
     labels_R = tl.load(labels_B + rows_R, mask=is_row_R, other=0)
     is_label_RC = classes_C[None, :] == labels_R[:, None]
     # A label that is no class reads nothing and makes the loss NaN, which stops the training.
-    is_known_R = (labels_R >= 0) & (labels_R < num_classes)
+    is_known_R = (labels_R >= 0) & (labels_R < C)
 
     z_RC = tl.load(logits_BC + places_RC, mask=inside_RC, other=0.0).to(tl.float32)
     if margins_C is not None:

@@ -105,15 +105,15 @@ def _forward_kernel(
     bias_I: "Pointer",
     y_TI: "Pointer",
     num_rows: int,
-    num_features: int,
+    WIDTH: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
     rows_R = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
     columns_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    is_column_C = columns_C < num_features
+    is_column_C = columns_C < WIDTH
     inside_RC = (rows_R < num_rows)[:, None] & is_column_C[None, :]
-    places_RC = rows_R[:, None].to(tl.int64) * num_features + columns_C[None, :]
+    places_RC = rows_R[:, None].to(tl.int64) * WIDTH + columns_C[None, :]
     bias_1C = tl.load(bias_I + columns_C, mask=is_column_C, other=0.0).to(tl.float32)[None, :]
     z_RC = tl.load(x_TI + places_RC, mask=inside_RC, other=0.0).to(tl.float32) + bias_1C
     below_RC = 0.5 * (1.0 + tl.erf(z_RC * 0.7071067811865476))
@@ -153,18 +153,18 @@ def _backward_kernel(
     dx_TI: "Pointer",
     shares_PI: "Pointer",
     num_rows: int,
-    num_features: int,
+    WIDTH: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ) -> None:
     columns_C = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    is_column_C = columns_C < num_features
+    is_column_C = columns_C < WIDTH
     bias_1C = tl.load(bias_I + columns_C, mask=is_column_C, other=0.0).to(tl.float32)[None, :]
     dbias_RC = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for block in range(tl.program_id(0), tl.cdiv(num_rows, BLOCK_R), tl.num_programs(0)):
         rows_R = block * BLOCK_R + tl.arange(0, BLOCK_R)
         inside_RC = (rows_R < num_rows)[:, None] & is_column_C[None, :]
-        places_RC = rows_R[:, None].to(tl.int64) * num_features + columns_C[None, :]
+        places_RC = rows_R[:, None].to(tl.int64) * WIDTH + columns_C[None, :]
         z_RC = tl.load(x_TI + places_RC, mask=inside_RC, other=0.0).to(tl.float32) + bias_1C
         upstream_RC = tl.load(upstream_TI + places_RC, mask=inside_RC, other=0.0).to(tl.float32)
         below_RC = 0.5 * (1.0 + tl.erf(z_RC * 0.7071067811865476))
@@ -172,5 +172,5 @@ def _backward_kernel(
         dx_RC = upstream_RC * (below_RC + z_RC * density_RC)
         dbias_RC += dx_RC  # upstream is 0 outside
         tl.store(dx_TI + places_RC, dx_RC, mask=inside_RC)
-    share_C = shares_PI + tl.program_id(0) * num_features + columns_C
+    share_C = shares_PI + tl.program_id(0) * WIDTH + columns_C
     tl.store(share_C, tl.sum(dbias_RC, axis=0), mask=is_column_C)

@@ -5,7 +5,7 @@ precision; but a launch, instead of running, is compiled with just its arguments
 sm_90. A process of its own, because the tests around it have Triton's interpreter on.
 
 Prints a JSON list: of each compiled kernel its name, target, bytes of shared memory, registers a
-thread, bytes of spills.
+thread, bytes of spills, and how many reads and writes of memory are 16 bytes a thread.
 """
 
 import json
@@ -172,6 +172,7 @@ def compile_launch(
             "arguments": str(arguments),
             "warps": options["num_warps"],
             "shared": compiled.metadata.shared,
+            "wide": len(re.findall(r"(?:ld|st)\.global[\w.:]*\.v4\.b32", compiled.asm["ptx"])),
             **resources(compiled.asm["ptx"], capability),
         }
 

@@ -52,3 +52,26 @@ def test_shared_memory_is_within_the_limits(compiled: list[dict[str, Any]]) -> N
 def test_registers_do_not_spill(compiled: list[dict[str, Any]]) -> None:
     spilled = [row for row in compiled if row["spills"]]
     assert not spilled, spilled
+
+
+@pytest.mark.parametrize(
+    ("kernel", "width", "tensors"),
+    [
+        ("residual_norm._forward_kernel", "'D': 768", 3),
+        ("residual_norm._backward_kernel", "'D': 768", 5),
+        ("embedding._forward_kernel", "'D': 768", 3),
+        ("embedding._backward_kernel", "'D': 768", 4),
+        ("gelu._forward_kernel", "'WIDTH': 3072", 2),
+        ("gelu._backward_kernel", "'WIDTH': 3072", 3),
+        ("cross_entropy._forward_kernel", "'C': 1000", 2),
+        ("adamw._adamw_kernel", "", 7),
+    ],
+)
+def test_whole_tensors_are_read_and_written_16_bytes_at_a_time(
+    compiled: list[dict[str, Any]], kernel: str, width: str, tensors: int
+) -> None:
+    """What a mask, or a stride, that Triton knows too little of would prevent."""
+    rows = [row for row in compiled if row["kernel"] == kernel and width in row["arguments"]]
+    assert len(rows) >= 6
+    for row in rows:
+        assert row["wide"] >= tensors, row
