@@ -153,27 +153,20 @@ class _TritonResidualNorm(torch.autograd.Function):
         normed_TD, mean_T, rstd_T = _forward(
             x_TD, residual_TD, weight_D, bias_D, *where, eps, p, site
         )
-        ctx.save_for_backward(x_TD, residual_TD, weight_D, bias_D, mean_T, rstd_T, *where)
-        ctx.p, ctx.site = p, site
+        ctx.save_for_backward(x_TD, residual_TD, weight_D, mean_T, rstd_T, *where)
+        ctx.p, ctx.site, ctx.bias_dtype = p, site, bias_D.dtype
         return normed_TD
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream_TD: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, residual_TD, weight_D, bias_D, mean_T, rstd_T, *where = ctx.saved_tensors
-        dx_TD, dresidual_TD, dweight_D, dbias_D = _backward(
-            upstream_TD.contiguous(),
-            x_TD,
-            residual_TD,
-            weight_D,
-            bias_D,
-            mean_T,
-            rstd_T,
-            *where,
-            ctx.p,
-            ctx.site,
+        dx_TD, dresidual_TD, sums_2D = _backward(
+            upstream_TD.contiguous(), *ctx.saved_tensors, ctx.p, ctx.site
         )
-        return dx_TD, dresidual_TD, dweight_D, dbias_D, None, None, None, None
+        dweight_D, dbias_D = sums_2D
+        weight_dtype = ctx.saved_tensors[2].dtype
+        dnorm = (dweight_D.to(weight_dtype), dbias_D.to(ctx.bias_dtype))
+        return dx_TD, dresidual_TD, *dnorm, None, None, None, None
 
 
 CONFIGS = {
@@ -303,21 +296,16 @@ def _forward_kernel(
 
 
 def _fake_backward(
-    upstream_TD: Tensor,
-    x_TD: Tensor,
-    residual_TD: Tensor,
-    weight_D: Tensor,
-    bias_D: Tensor,
-    *_: Any,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    empty = torch.empty_like
-    return empty(x_TD), empty(residual_TD), empty(weight_D), empty(bias_D)
+    upstream_TD: Tensor, x_TD: Tensor, residual_TD: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    sums_2D = x_TD.new_empty(2, x_TD.shape[1], dtype=torch.float32)
+    return torch.empty_like(x_TD), torch.empty_like(residual_TD), sums_2D
 
 
 @torch_operator(
     "residual_norm_backward(Tensor upstream, Tensor x, Tensor residual, Tensor weight, "
-    "Tensor bias, Tensor mean, Tensor rstd, Tensor? key, Tensor? draws, Tensor? positions, "
-    "float p, int site) -> (Tensor, Tensor, Tensor, Tensor)",
+    "Tensor mean, Tensor rstd, Tensor? key, Tensor? draws, Tensor? positions, float p, int site) "
+    "-> (Tensor, Tensor, Tensor)",
     fake=_fake_backward,
 )
 def _backward(
@@ -325,7 +313,6 @@ def _backward(
     x_TD: Tensor,
     residual_TD: Tensor,
     weight_D: Tensor,
-    bias_D: Tensor,
     mean_T: Tensor,
     rstd_T: Tensor,
     key: Tensor | None,
@@ -333,7 +320,8 @@ def _backward(
     positions_T: Tensor | None,
     p: float,
     site: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx_TD, dresidual_TD, [2, D] fp32: dweight and dbias)."""
     dx_TD, dresidual_TD = torch.empty_like(x_TD), torch.empty_like(residual_TD)
     num_rows, num_features = x_TD.shape
     block_rows, block_width, warps = row_config(num_features)
@@ -365,8 +353,7 @@ def _backward(
             num_warps=warps,
             enable_fp_fusion=True,
         )
-    dweight_D, dbias_D = shares_P2D.sum(0)
-    return dx_TD, dresidual_TD, dweight_D.to(weight_D.dtype), dbias_D.to(bias_D.dtype, copy=True)
+    return dx_TD, dresidual_TD, shares_P2D.sum(0)
 
 
 @jit
