@@ -143,8 +143,10 @@ def philox(key: Tensor, counter: Sequence[Tensor]) -> Sequence[Tensor]:
 @jit
 def keep_mask(
     key: "Pointer",
-    draws_R: "Pointer",
-    positions_R: "Pointer",
+    draws_T: "Pointer",
+    positions_T: "Pointer",
+    rows_R: "Pointer",
+    is_row_R: "Pointer",
     site: int,
     drop_below: int,
     BLOCK_R: tl.constexpr,
@@ -152,9 +154,11 @@ def keep_mask(
 ) -> "Pointer":
     """Triton: [BLOCK_R, BLOCK_D] bool, whether an element is kept.
 
-    draws_R, positions_R: blocks, not pointers. One Philox serves the eight features that a thread
-    holds side by side, at some 15 integer operations each.
+    rows_R, is_row_R: a block of rows, and which of them there are. One Philox serves the eight
+    features that a thread holds side by side, at some 12 integer operations each.
     """
+    draws_R = tl.load(draws_T + rows_R, mask=is_row_R, other=0)
+    positions_R = tl.load(positions_T + rows_R, mask=is_row_R, other=0)
     zero_RG = tl.zeros([BLOCK_R, BLOCK_D // 8], tl.int32)
     w0, w1, w2, w3 = tl.philox(
         tl.load(key),

@@ -34,7 +34,7 @@ from torch.nn import functional as F
 
 from . import Pointer, jit, tl, torch_operator, use_triton
 from .dropout import Randomness, counter_tensors, dropout, keep_mask, lane_threshold
-from .residual_norm import BACKWARD_PROGRAMS, row_config
+from .residual_norm import BACKWARD_PROGRAMS, norm_gradient, row_config
 
 
 def embed_tokens(
@@ -300,9 +300,9 @@ def _forward_kernel(
     bias_1D = tl.load(bias_D + features_D, mask=is_feature_D, other=0.0)[None, :]
     out_RD = centred_RD * rstd_R[:, None] * weight_1D + bias_1D
     if HAS_DROPOUT:
-        draws_R = tl.load(draws_T + rows_R, mask=is_row_R, other=0)
-        positions_R = tl.load(positions_T + rows_R, mask=is_row_R, other=0)
-        kept_RD = keep_mask(key, draws_R, positions_R, site, drop_below, BLOCK_R, BLOCK_D)
+        kept_RD = keep_mask(
+            key, draws_T, positions_T, rows_R, is_row_R, site, drop_below, BLOCK_R, BLOCK_D
+        )
         out_RD = tl.where(kept_RD, out_RD * scale, 0.0)
     places_RD = rows_R[:, None].to(tl.int64) * D + features_D[None, :]
     tl.store(out_TD + places_RD, out_RD, mask=inside_RD)
@@ -435,17 +435,14 @@ def _backward_kernel(
 
         upstream_RD = tl.load(upstream_TD + places_RD, mask=inside_RD, other=0.0).to(tl.float32)
         if HAS_DROPOUT:
-            draws_R = tl.load(draws_T + rows_R, mask=is_row_R, other=0)
-            positions_R = tl.load(positions_T + rows_R, mask=is_row_R, other=0)
-            kept_RD = keep_mask(key, draws_R, positions_R, site, drop_below, BLOCK_R, BLOCK_D)
+            kept_RD = keep_mask(
+                key, draws_T, positions_T, rows_R, is_row_R, site, drop_below, BLOCK_R, BLOCK_D
+            )
             upstream_RD = tl.where(kept_RD, upstream_RD * scale, 0.0)
         dweight_RD += upstream_RD * xhat_RD
         dbias_RD += upstream_RD
 
-        dxhat_RD = upstream_RD * weight_1D
-        mean_g_R1 = (tl.sum(dxhat_RD, axis=1) / D)[:, None]
-        mean_gx_R1 = (tl.sum(dxhat_RD * xhat_RD, axis=1) / D)[:, None]
-        dembedded_RD = rstd_R1 * (dxhat_RD - mean_g_R1 - xhat_RD * mean_gx_R1)
+        dembedded_RD = norm_gradient(upstream_RD * weight_1D, xhat_RD, rstd_R1, D)
         dembedded_RD = tl.where(inside_RD, dembedded_RD, 0.0)
         dtoken_type_RD += dembedded_RD
         tl.store(dembedded_TD + places_RD, dembedded_RD, mask=inside_RD)

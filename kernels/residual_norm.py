@@ -249,6 +249,16 @@ def _forward(
 
 
 @jit
+def norm_gradient(
+    g_RD: "Pointer", xhat_RD: "Pointer", rstd_R1: "Pointer", D: tl.constexpr
+) -> "Pointer":
+    """dh from g, the gradient of x̂; all are blocks, 0 beyond the features."""
+    mean_g_R1 = (tl.sum(g_RD, axis=1) / D)[:, None]
+    mean_gx_R1 = (tl.sum(g_RD * xhat_RD, axis=1) / D)[:, None]
+    return rstd_R1 * (g_RD - mean_g_R1 - xhat_RD * mean_gx_R1)
+
+
+@jit
 def _forward_kernel(
     x_TD: "Pointer",
     residual_TD: "Pointer",
@@ -278,9 +288,9 @@ def _forward_kernel(
 
     hidden_RD = tl.load(x_TD + places_RD, mask=inside_RD, other=0.0).to(tl.float32)
     if HAS_DROPOUT:
-        draws_R = tl.load(draws_T + rows_R, mask=is_row_R, other=0)
-        positions_R = tl.load(positions_T + rows_R, mask=is_row_R, other=0)
-        kept_RD = keep_mask(key, draws_R, positions_R, site, drop_below, BLOCK_R, BLOCK_D)
+        kept_RD = keep_mask(
+            key, draws_T, positions_T, rows_R, is_row_R, site, drop_below, BLOCK_R, BLOCK_D
+        )
         hidden_RD = tl.where(kept_RD, hidden_RD * scale, 0.0)
     hidden_RD += tl.load(residual_TD + places_RD, mask=inside_RD, other=0.0).to(tl.float32)
 
@@ -393,9 +403,9 @@ def _backward_kernel(
 
         hidden_RD = tl.load(x_TD + places_RD, mask=inside_RD, other=0.0).to(tl.float32)
         if HAS_DROPOUT:
-            draws_R = tl.load(draws_T + rows_R, mask=is_row_R, other=0)
-            positions_R = tl.load(positions_T + rows_R, mask=is_row_R, other=0)
-            kept_RD = keep_mask(key, draws_R, positions_R, site, drop_below, BLOCK_R, BLOCK_D)
+            kept_RD = keep_mask(
+                key, draws_T, positions_T, rows_R, is_row_R, site, drop_below, BLOCK_R, BLOCK_D
+            )
             hidden_RD = tl.where(kept_RD, hidden_RD * scale, 0.0)
         hidden_RD += tl.load(residual_TD + places_RD, mask=inside_RD, other=0.0).to(tl.float32)
         mean_R1 = tl.load(mean_T + rows_R, mask=is_row_R, other=0.0)[:, None]
@@ -406,10 +416,7 @@ def _backward_kernel(
         dweight_RD += upstream_RD * xhat_RD
         dbias_RD += upstream_RD
 
-        dxhat_RD = upstream_RD * weight_1D
-        mean_g_R1 = (tl.sum(dxhat_RD, axis=1) / D)[:, None]
-        mean_gx_R1 = (tl.sum(dxhat_RD * xhat_RD, axis=1) / D)[:, None]
-        dhidden_RD = rstd_R1 * (dxhat_RD - mean_g_R1 - xhat_RD * mean_gx_R1)
+        dhidden_RD = norm_gradient(upstream_RD * weight_1D, xhat_RD, rstd_R1, D)
         tl.store(dresidual_TD + places_RD, dhidden_RD, mask=inside_RD)
         if HAS_DROPOUT:
             dhidden_RD = tl.where(kept_RD, dhidden_RD * scale, 0.0)
