@@ -243,7 +243,7 @@ def test_every_flag_of_train_reaches_the_recipe(monkeypatch: pytest.MonkeyPatch)
         "-d D -o O --model M --method augment -e 3 -f 4 --seeds 5,6 --batch-size 8 --max-length 9 "
         "--lr-stage-1 0.1 --lr-stage-2 0.2 --stage-1-layers 2 --loss ldam --class-weights inverse "
         "--ldam-s 3 --ldam-max-m 0.4 --sampler class-balanced --precision bf16 --device cpu "
-        "--upstream-schedule --cache-trunk --save-models --threads 2 --encoding cp1252"
+        "--kernels torch --upstream-schedule --cache-trunk --save-models --threads 2 --encoding cp1252"
     )
     assert main(["train", *flags.split()]) == 0
     assert seen["recipe"] == Recipe(
@@ -263,6 +263,7 @@ def test_every_flag_of_train_reaches_the_recipe(monkeypatch: pytest.MonkeyPatch)
         sampler="class-balanced",
         precision="bf16",
         device="cpu",
+        kernels="torch",
         upstream_schedule=True,
         cache_trunk=True,
     )
@@ -406,12 +407,22 @@ def test_fetch_hands_each_name_to_its_function_with_its_folder(
 
 
 def test_a_bad_setting_is_one_sentence_and_exit_code_2(
-    tiny: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     command = arguments(data, tiny, tmp_path / "o")
     fails(capsys, 2, "method is 'both'", *command, "--method", "both")
     fails(capsys, 2, "device is 'cuda:77'", *command, "--device", "cuda:77")
     fails(capsys, 2, "batch_size is 0", *command, "--batch-size", "0")
+    fails(
+        capsys, 2, "kernels is 'fast'; expected one of auto, torch", *command, "--kernels", "fast"
+    )
+    monkeypatch.setattr("twostage.kernels._INTERPRETED", False)  # as it is outside of tests
+    on_cpu = (*command, "--device", "cpu", "--kernels", "triton")
+    fails(capsys, 2, "the Triton kernels need a CUDA GPU, and the device is cpu", *on_cpu)
     fails(capsys, 2, "threads is 0", *command, "--threads", "0")
     blocked = tmp_path / "file"
     blocked.touch()
@@ -512,6 +523,28 @@ def test_a_read_only_output_is_one_sentence(
 
     monkeypatch.setattr(Path, method, refuse)
     fails(capsys, 2, "Read-only file system", *arguments(data, tiny, output, "--seeds", "1"))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_training_by_the_kernels_scores_as_training_without(
+    tiny: Path, data: Path, tmp_path: Path, precision: str
+) -> None:
+    """On texts of two words, of which every epoch sees all, without dropout."""
+    config = json.loads((tiny / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (tiny / "config.json").write_text(json.dumps(config))
+    reports = []
+    for kernels in ("torch", "triton"):
+        output = tmp_path / kernels
+        settings = ("--seeds", "3", "--precision", precision, "--kernels", kernels)
+        assert main(arguments(data, tiny, output, *settings)) == 0
+        reports.append(json.loads((output / "metrics.json").read_text()))
+        log = pd.read_csv(output / "log.csv")
+        assert set(log["stage"]) == {1, 2}
+        reports[-1]["losses"] = log["loss"].tolist()
+    assert reports[1]["settings"]["kernels"] == "triton"
+    assert reports[1]["machine"]["arithmetic"].endswith("by Triton kernels")
+    assert reports[1]["losses"] == pytest.approx(reports[0]["losses"], rel=2e-3)
 
 
 def test_a_run_that_diverges_stops_with_exit_code_7(
