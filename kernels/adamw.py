@@ -77,7 +77,8 @@ def adamw_(
         [exp_avg_sq_P],
         [],
         [update],
-        lr=learning_rate,
+        # Its CUDA kernel reads the rate as fp32, its CPU kernel as fp64.
+        lr=learning_rate.float() if weights_P.is_cuda else learning_rate,
         beta1=BETAS[0],
         beta2=BETAS[1],
         weight_decay=weight_decay,
