@@ -54,7 +54,8 @@ def adamw_(
     weights_P, exp_avg_P, exp_avg_sq_P: [P] fp32, contiguous. gradients_P: [P] fp32, bf16 or fp16;
     the torch path may leave them divided. rounded_P: [P] bf16 or fp16, gets the new weights. The
     rest are scalars on the device: update, the number of this one from 1, fp32; learning_rate,
-    fp64; divisor of the gradients, fp32; skip, fp32: where it is not 0, nothing changes at all.
+    fp64; divisor of the gradients, fp32; skip, fp32: 0.0, or 1.0, and then nothing changes (the
+    torch path rounds the same weights into the copy again).
     """
     if use_triton(impl, weights_P):
         _update(
@@ -198,10 +199,11 @@ def _adamw_kernel(
     step_size, correction = rate.to(tl.float32) / debias1, tl.sqrt(debias2)
     decay = (1.0 - rate * weight_decay).to(tl.float32)
 
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    places = first + tl.arange(0, BLOCK)
     # A mask that could end within 16 bytes would cut every load to single numbers: only the last
     # block has one.
-    if (tl.program_id(0) + 1) * BLOCK <= num_weights:
+    if first + BLOCK <= num_weights:
         _update_block(
             weights_P + places,
             gradients_P + places,

@@ -18,9 +18,9 @@ from bf16, and the sum of many gradients into the row of a frequent word would l
 
 In Triton, a program gathers the rows of its tokens, and y is all that it writes besides μ and r:
 neither the three rows' sum nor the norm's output goes through memory. Backward gathers the rows
-again. The sums into the tables are torch's own operation, which on a GPU sorts the tokens by id and
-adds up each run of equal ones in order; adding atomically would be one pass less, in an order that
-changes from run to run, and with every text's [CLS] waiting for every other's.
+again. The sums into the tables are torch's own operation, which on a GPU adds up the tokens of an
+id in a fixed order (beyond 3,072 tokens by sorting them first); atomic additions would come in an
+order that changes from run to run, every text's [CLS] waiting for every other's.
 
 Shapes: T tokens, D features, V words, L positions; in Triton, blocks of R rows and P programs.
 """
@@ -140,11 +140,24 @@ class _TritonEmbedding(torch.autograd.Function):
             upstream_TD.contiguous(), *ctx.saved_tensors, ctx.p, ctx.site
         )
         dtables = [
-            torch.ops.aten.embedding_dense_backward(dembedded_TD, ids_T, len(table), -1, False)
-            for ids_T, table in ((input_ids_T, word_VD), (position_ids_T, position_LD))
+            _sum_by_id(dembedded_TD, ids_T, len(table)) if needed else None
+            for ids_T, table, needed in (
+                (input_ids_T, word_VD, ctx.needs_input_grad[2]),
+                (position_ids_T, position_LD, ctx.needs_input_grad[3]),
+            )
         ]
         dtoken_type_D, dweight_D, dbias_D = sums_3D
         return None, None, *dtables, dtoken_type_D, dweight_D, dbias_D, *[None] * 5
+
+
+def _sum_by_id(dembedded_TD: Tensor, ids_T: Tensor, num_rows: int) -> Tensor:
+    # torch's kernel for GPUs does not check ids and would write beyond the table. The NaN of an
+    # unknown one goes to the nearest row there is.
+    known_T = ids_T.clamp(0, num_rows - 1)
+    sums: Tensor = torch.ops.aten.embedding_dense_backward(
+        dembedded_TD, known_T, num_rows, -1, False
+    )
+    return sums
 
 
 def _fake_forward(

@@ -243,7 +243,8 @@ def test_every_flag_of_train_reaches_the_recipe(monkeypatch: pytest.MonkeyPatch)
         "-d D -o O --model M --method augment -e 3 -f 4 --seeds 5,6 --batch-size 8 --max-length 9 "
         "--lr-stage-1 0.1 --lr-stage-2 0.2 --stage-1-layers 2 --loss ldam --class-weights inverse "
         "--ldam-s 3 --ldam-max-m 0.4 --sampler class-balanced --precision bf16 --device cpu "
-        "--kernels torch --upstream-schedule --cache-trunk --save-models --threads 2 --encoding cp1252"
+        "--kernels torch --upstream-schedule --cache-trunk --save-models --threads 2 "
+        "--encoding cp1252"
     )
     assert main(["train", *flags.split()]) == 0
     assert seen["recipe"] == Recipe(

@@ -104,6 +104,21 @@ def test_errors_are_those_of_torch(
 
 
 @IMPLS
+@pytest.mark.parametrize("update", [1.0, 2.0, 30.0])
+def test_early_steps_have_all_the_digits_of_fp32(
+    impl: str, update: float, device: torch.device
+) -> None:
+    """From weights of 0, where the step is all there is: 1 - β2ᵗ in fp32 would have four digits."""
+    buffers = random_buffers(50, device, new=True)
+    buffers[0].zero_()
+    ours, exact = (
+        run(f, buffers, update, divisor=1.0, **more)[0].double()
+        for f, more in ((adamw_, {"impl": impl}), (reference_adamw_, {"dtype": torch.float64}))
+    )
+    torch.testing.assert_close(ours, exact, rtol=3e-6, atol=0.0)
+
+
+@IMPLS
 def test_a_step_that_is_skipped_changes_nothing(impl: str, device: torch.device) -> None:
     buffers = random_buffers(70, device)
     buffers[1][3] = float("nan")
@@ -128,7 +143,16 @@ def test_a_weight_that_never_had_a_gradient_does_not_move(impl: str, device: tor
 
 
 @IMPLS
-@pytest.mark.parametrize("size", [1e-20, 1e18])
+def test_at_a_rate_of_0_the_moments_alone_move(impl: str, device: torch.device) -> None:
+    buffers = random_buffers(9, device)
+    w, m, v = run(adamw_, buffers, 4.0, rate=0.0, impl=impl)
+    assert torch.equal(w, buffers[0])
+    assert (m != buffers[2]).all()
+    assert (v != buffers[3]).all()
+
+
+@IMPLS
+@pytest.mark.parametrize("size", [1e-20, 1e20])
 def test_tiny_and_huge_gradients_are_as_in_the_formula(
     impl: str, size: float, device: torch.device
 ) -> None:

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from twostage.kernels import embedding
 from twostage.kernels.dropout import DropoutCounters
 from twostage.kernels.embedding import embed_tokens, reference_embed_tokens
 
@@ -102,6 +104,21 @@ class TestTriton:
         exact = run(reference_embed_tokens, ids, leaves, torch.float64, where, tables=torch.float64)
         check_errors(ours, plain, exact)
 
+    def test_a_program_may_walk_over_many_blocks_of_tokens(
+        self,
+        device: torch.device,
+        counters: MakeCounters,
+        check_errors: CheckErrors,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(embedding, "BACKWARD_PROGRAMS", 2)
+        ids, leaves = random_inputs(90, 20, device)  # six blocks, the last of them not full
+        where = counters(90)
+        ours = run(embed_tokens, ids, leaves, torch.float32, where, impl="triton")
+        plain = run(embed_tokens, ids, leaves, torch.float32, where, impl="torch")
+        exact = run(reference_embed_tokens, ids, leaves, torch.float64, where, tables=torch.float64)
+        check_errors(ours, plain, exact)
+
     def test_filler_tokens_have_a_gradient_of_exactly_zero(
         self, device: torch.device, counters: MakeCounters
     ) -> None:
@@ -129,6 +146,41 @@ class TestTriton:
         out_TD = embed_tokens(*ids, *leaves, 1e-12, torch.float32, impl="triton")
         assert torch.isnan(out_TD).all(dim=1).tolist() == [False, False, True, False, False]
         assert not torch.isnan(out_TD[[0, 1, 3, 4]]).any()
+
+    @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, as interpreter
+    @pytest.mark.parametrize("which", [0, 1])
+    @pytest.mark.parametrize("bad", [-1, NUM_WORDS, 2**31 - 1])
+    def test_the_gradient_of_such_an_id_spoils_a_row_of_its_table_and_writes_beyond_none(
+        self, which: int, bad: int, device: torch.device
+    ) -> None:
+        ids, leaves = random_inputs(5, 20, device)
+        for i in ids:
+            i.copy_(torch.tensor([1, 2, 3, 4, 5]))
+        ids[which][2] = bad
+        gradients = run(embed_tokens, ids, leaves, torch.float32, None, impl="triton")[1:3]
+        spoilt = [torch.isnan(g).any(dim=1).nonzero().flatten().tolist() for g in gradients]
+        assert spoilt[which] == [0 if bad < 0 else len(leaves[which]) - 1]
+        assert spoilt[1 - which] == [3]
+
+    @pytest.mark.parametrize("frozen", [0, 1])
+    def test_a_frozen_table_costs_no_sum(self, frozen: int, device: torch.device) -> None:
+        class Summed(TorchDispatchMode):
+            def __torch_dispatch__(
+                self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+            ) -> Any:
+                if func is torch.ops.aten.embedding_dense_backward.default:
+                    rows.append(args[2])
+                return func(*args, **(kwargs or {}))
+
+        rows: list[int] = []
+        ids, leaves = random_inputs(5, 20, device)
+        for i, leaf in enumerate(leaves):
+            leaf.requires_grad_(i != frozen)
+        out_TD = embed_tokens(*ids, *leaves, 1e-12, torch.float32, impl="triton")
+        with Summed():
+            out_TD.sum().backward()
+        assert rows == [(NUM_WORDS, NUM_POSITIONS)[1 - frozen]]
+        assert [leaf.grad is None for leaf in leaves] == [i == frozen for i in range(5)]
 
     def test_tables_and_upstream_need_not_be_contiguous(
         self, device: torch.device, counters: MakeCounters

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from twostage.kernels import residual_norm
 from twostage.kernels.dropout import DropoutCounters, Randomness
 from twostage.kernels.residual_norm import dropout_residual_norm, reference_dropout_residual_norm
 
@@ -114,6 +115,21 @@ class TestTriton:
         torchs = run(reference_dropout_residual_norm, inputs, dtype, randomness)
         exact = run(reference_dropout_residual_norm, inputs, torch.float64, randomness)
         torchs[3:] = [t.float() for t in torchs[3:]]
+        check_errors(ours, torchs, exact)
+
+    def test_a_program_may_walk_over_many_blocks_of_rows(
+        self,
+        device: torch.device,
+        counters: MakeCounters,
+        check_errors: CheckErrors,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(residual_norm, "BACKWARD_PROGRAMS", 2)
+        inputs = random_inputs(90, 20, torch.float32, device)  # six blocks, the last not full
+        where = counters(90)
+        ours = run(dropout_residual_norm, inputs, torch.float32, where, impl="triton")
+        torchs = run(reference_dropout_residual_norm, inputs, torch.float32, where)
+        exact = run(reference_dropout_residual_norm, inputs, torch.float64, where)
         check_errors(ours, torchs, exact)
 
     def test_rows_far_from_zero_keep_their_spread(
