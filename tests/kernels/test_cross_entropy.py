@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from twostage.kernels import cross_entropy
 from twostage.kernels.cross_entropy import fused_cross_entropy, reference_cross_entropy
 
 CheckErrors = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], None]
@@ -196,6 +197,20 @@ class TestTriton:
             run(fused_cross_entropy, logits_BC, *mine),
             run(reference_cross_entropy, logits_BC, *theirs),
             run(reference_cross_entropy, logits_BC.double(), *theirs),
+        )
+
+    def test_the_sum_over_programs_may_take_several_blocks(
+        self, device: torch.device, check_errors: CheckErrors, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(cross_entropy, "BLOCK", 4)  # of five programs, a row each
+        logits_BC, labels_B, weights_C, _ = (
+            t.to(device) for t in random_inputs((5, 600), torch.float32)
+        )
+        ours = (labels_B, weights_C, None, 1.0, "triton")
+        check_errors(
+            run(fused_cross_entropy, logits_BC, *ours),
+            run(reference_cross_entropy, logits_BC, labels_B, weights_C),
+            run(reference_cross_entropy, logits_BC.double(), labels_B, weights_C),
         )
 
     def test_huge_logits_and_logits_of_minus_infinity_are_as_in_torch(
