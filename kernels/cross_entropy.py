@@ -191,7 +191,7 @@ def _fake_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     fp32 = torch.float32
     gradient_BC = logits_BC.new_empty(logits_BC.shape if with_gradient else (0, 0), dtype=fp32)
-    return logits_BC.new_zeros((), dtype=fp32), logits_BC.new_zeros((), dtype=fp32), gradient_BC
+    return logits_BC.new_empty((), dtype=fp32), logits_BC.new_empty((), dtype=fp32), gradient_BC
 
 
 @torch_operator(
@@ -241,6 +241,9 @@ def _forward(
             num_warps=4,
             enable_fp_fusion=True,
         )
+    else:
+        loss.zero_()
+        total_weight.zero_()
     return outputs
 
 

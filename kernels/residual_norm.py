@@ -64,8 +64,6 @@ def dropout_residual_norm(
     GPU; in Triton any. randomness: on x's device, for Triton DropoutCounters; None turns dropout
     off. site: see `dropout`.
     """
-    if randomness is None:
-        p = 0.0
     normed_TD: Tensor
     if use_triton(impl, x_TD):
         normed_TD = _TritonResidualNorm.apply(

@@ -37,8 +37,8 @@ class LossScale:
     def update(self, grad_norm: Tensor) -> Tensor:
         """Adapt the factor; call once a step.
 
-        grad_norm: scalar, of the gradients as they came out of backward. Returns 1.0 when it is not
-        finite and a smaller factor cannot help, else 0.0. Nobody waits for either.
+        grad_norm: scalar, with the factor or without: what counts is whether it is finite. Returns
+        1.0 when it is not and a smaller factor cannot help, else 0.0. Nobody waits for either.
         """
         overflow = (~torch.isfinite(grad_norm)).float()
         hopeless = overflow * (self.factor <= 1.0)
