@@ -22,7 +22,8 @@ from train_throughput import make_jobs, run_job
 
 from twostage.assets.data_sets import fetch_demo
 from twostage.data.packing import pack
-from twostage.kernels import attention, dropout, residual_norm
+from twostage.kernels import dropout, padded_attention, residual_norm
+from twostage.kernels.attention import PackedLayout
 from twostage.model import bert
 from twostage.training import stage
 
@@ -41,7 +42,7 @@ def compute_the_whole_last_layer() -> None:
     def pool(
         self: bert.Bert,
         hidden_TD: Tensor,
-        layout: attention.PackedLayout,
+        layout: PackedLayout,
         first_layer: int,
         randomness: dropout.Randomness | None = None,
     ) -> Tensor:
@@ -59,14 +60,14 @@ def run_the_trunk_at_every_step() -> None:
 def give_each_text_a_strip() -> None:
     def place(lengths_B: Tensor) -> tuple[Tensor, Tensor, int, int]:
         strips_B = torch.arange(len(lengths_B))
-        length = attention._round_up(int(lengths_B.max()))
+        length = padded_attention._round_up(int(lengths_B.max()))
         return strips_B, torch.zeros_like(strips_B), length, 1
 
-    put(attention, "_place_in_strips", place)
+    put(padded_attention, "_place_in_strips", place)
 
 
 def leave_the_attentions_backward_to_autograd() -> None:
-    put(attention, "attend", attention.reference_attend)
+    put(padded_attention, "attend", padded_attention.reference_attend)
 
 
 def leave_the_norms_backward_to_autograd() -> None:
@@ -88,7 +89,7 @@ def make_masks_over_bool() -> None:
         kept = dropout._random_lanes(shape, generator).ge(drop_below - 32_768)
         return kept.to(dtype), 1.0 / (1.0 - drop_below / 65_536)
 
-    for module in (dropout, attention, residual_norm):
+    for module in (dropout, padded_attention, residual_norm):
         put(module, "dropout_mask", mask)
 
 
@@ -103,7 +104,7 @@ def draw_masks_by_bernoulli() -> None:
         kept = torch.empty(torch.Size(shape), dtype=dtype, device=generator.device)
         return kept.bernoulli_(1.0 - p, generator=generator), 1.0 / (1.0 - p)
 
-    for module in (dropout, attention, residual_norm):
+    for module in (dropout, padded_attention, residual_norm):
         put(module, "dropout_mask", mask)
 
 
@@ -111,7 +112,7 @@ def leave_token_counts_as_they_are() -> None:
     assert pack.__kwdefaults__ is not None
     assert "round_to" in pack.__kwdefaults__
     pack.__kwdefaults__["round_to"] = 1
-    put(attention, "ROUND_LENGTH_TO", 1)
+    put(padded_attention, "ROUND_LENGTH_TO", 1)
 
 
 def return_freed_memory() -> None:

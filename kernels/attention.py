@@ -1,127 +1,98 @@
-"""Self-attention over packed sequences.
+"""Self-attention over packed sequences: softmax(Q Kᵀ / √K) V within each, dropout in between.
 
 The encoder keeps all texts of a batch on one token axis without padding. Only the attention product
-needs to know where a text begins and ends. This is the plain-PyTorch form: copy queries, keys and
-values into padded [S, H, L, K] blocks, attend there with all but a text's own tokens masked out,
-and copy the contexts back.
+needs to know where a text begins and ends, and who computes it depends on how long they are:
 
-Padding in the block costs quadratically, so a strip of it holds one text or, where that makes the
-block smaller, two: the longest with the shortest, the second longest with the second shortest and
-so on. Lengths like 60, 31, 28, 12 need 4·64² scores one to a strip, and 2·72² in pairs.
+    up to 128 tokens     in Triton, the kernels below
+    up to 512            in Triton's place, torch's flash attention (`flash_attention.py`)
+    any                  in PyTorch's own operations, in padded blocks (`padded_attention.py`)
 
-    A = Q Kᵀ / √K + mask        P = softmax(A)        P' = P ⊙ kept / (1 − p)        C = P' V
+Formulas, forward and backward (⊙ is elementwise; Σ runs over keys, along a row of P):
 
-Backward, from dC (⊙ is elementwise; Σ runs over keys, along a row of P):
+    A = Q Kᵀ / √K      P = softmax(A)      P' = P ⊙ kept / (1 − p)      C = P' V
 
-    dV = P'ᵀ dC      dP = dC Vᵀ ⊙ kept / (1 − p)      dA = P ⊙ (dP − Σ P ⊙ dP)
-    dQ = dA K / √K   dK = dAᵀ Q / √K
+    dV = P'ᵀ dC        dP = dC Vᵀ ⊙ kept / (1 − p)        dA = P ⊙ (dP − Σ P ⊙ dP)
+    dQ = dA K / √K     dK = dAᵀ Q / √K
 
-It is written out because autograd keeps and passes over twice as many [S, H, L, L] tensors: here
-only P and the mask of dropout outlive the forward pass, and every factor 1/(1 − p) and 1/√K is
-applied on the smaller side of its product.
+Flash attention walks over keys in pieces, because the scores of a long text fit nowhere: it
+rescales what it has summed up at each new maximum, and its backward adds up dQ from several
+programs, by atomic additions. A text of up to 128 tokens needs none of that. One program takes one
+head of one text, with all its scores in registers: an ordinary softmax; in backward P is made again
+from Q and K, the mask from its counters, and dQ, dK and dV come out of the same program, each
+written once, in an order that never changes. Nothing outlives the forward pass but its input.
 
-Shapes: B sequences, T packed tokens (N of them real, the rest filler at the end), S strips of
-length L, R = S·L rows of the block, W sequences to a strip (1 or 2), D hidden, H heads, K = D / H
-head size, M queries of a strip (L of them, or W), P projections side by side (queries, keys,
-values).
+The last layer wants the first token of each text alone (`model/bert.py`). That is the same kernel
+with a block of one query instead of all.
+
+Beyond the last text there may be filler tokens. A program of its own writes zeros there, as
+context and as gradients; texts of no tokens at all are skipped.
+
+Shapes: B texts, T packed tokens, D hidden, H heads, K = D / H head size; in Triton, blocks of M
+queries and L keys.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .dropout import dropout, dropout_mask
+from . import _INTERPRETED, Pointer, jit, next_power_of_2, tl, torch_operator, use_triton
+from .dropout import (
+    HEAD_FEATURES,
+    DropoutCounters,
+    Randomness,
+    counter_tensors,
+    keep_mask_at,
+    lane_threshold,
+)
+from .flash_attention import MAX_FLASH_LENGTH, can_flash, flash_attention
+from .padded_attention import (
+    PaddedBlock,
+    padded_attention,
+    padded_block,
+    padded_first_token_attention,
+)
 
-ROUND_LENGTH_TO = 8
-"""Matrix libraries make a kernel for each new shape: fewer lengths are worth a little padding."""
+MAX_SHORT_LENGTH = 128
+"""Tokens of a text whose scores one program can hold."""
+
+SHORT_HEAD_SIZES = (32, 64)
+"""MiniLM's and BERT-base's: blocks must be powers of two, and smaller ones fill no matrix unit."""
 
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """Where each packed token lies in the padded block: made once a batch, used by each layer."""
+    """Where the texts of a batch lie on the packed axis: made once a batch, used by each layer."""
 
-    rows_N: Tensor
-    """[N] int64: token t of the packed axis is row `rows_N[t]` of the block."""
-    tokens_R: Tensor
-    """[R] int64, the way back: row r is token `tokens_R[r]`; token 0 at padding."""
-    mask_S1LL: Tensor
-    """[S, 1, L, L] fp32, added to the scores: 0 within a text (and within padding), else -inf."""
+    cu_seqlens: Tensor
+    """[B+1] int32: text b is tokens `cu_seqlens[b]` to `cu_seqlens[b + 1]`, of which it has none or
+    more."""
     first_tokens_B: Tensor
-    """[B] int64: each sequence's first token on the packed axis."""
-    slots_B: Tensor
-    """[B] int64: sequence b is number `slots_B[b]` of the S·W places for sequences."""
-    sequences_SW: Tensor
-    """[S·W] int64, the way back: the sequence in each place; 0 where a strip has room left."""
-    mask_S1WL: Tensor
-    """[S, 1, W, L] fp32: the rows of `mask_S1LL` that belong to first tokens."""
+    """[B] int64: each text's first token; any other token for a text that has none."""
+    max_length: int
+    """No text is longer."""
+    on_host: Tensor | None
+    """`cu_seqlens` on the CPU; None where only the kernels for short texts are to be used."""
+
+    @cached_property
+    def block(self) -> PaddedBlock:
+        """For attention in padded blocks: made when the first layer asks for it."""
+        assert self.on_host is not None, "nobody pads here"
+        return padded_block(self.on_host).to(self.cu_seqlens.device)
 
 
 def packed_layout(cu_seqlens: Tensor) -> PackedLayout:
-    """The block for sequences that start at `cu_seqlens` ([B+1] integer, from 0 to N).
+    """For texts that start at `cu_seqlens` ([B+1] integer, from 0 to N), on its device.
 
-    Computed where `cu_seqlens` is; on a GPU that waits for the device.
+    On a GPU that waits for the device; `data.packing.pack` does not.
     """
-    starts_B, lengths_B = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
-    batch_size, num_tokens = len(lengths_B), int(cu_seqlens[-1])
-    strips_B, offsets_B, length, per_strip = _place_in_strips(lengths_B)
-    num_strips = -(-batch_size // per_strip)
-    first_rows_B = strips_B * length + offsets_B
-
-    def count_up(end: int) -> Tensor:
-        return torch.arange(end, device=cu_seqlens.device)
-
-    def each_token(x_B: Tensor) -> Tensor:
-        return x_B.repeat_interleave(lengths_B, output_size=num_tokens)
-
-    rows_N = count_up(num_tokens) + each_token(first_rows_B - starts_B)
-    tokens_R = rows_N.new_zeros(num_strips * length)
-    tokens_R[rows_N] = count_up(num_tokens)
-    slots_B = strips_B * per_strip + (offsets_B > 0)
-    sequences_SW = slots_B.new_zeros(num_strips * per_strip)
-    sequences_SW[slots_B] = count_up(batch_size)
-
-    sequences_R = rows_N.new_full((num_strips * length,), -1)  # -1: padding
-    sequences_R[rows_N] = each_token(count_up(batch_size))
-    sequences_SL = sequences_R.view(num_strips, length)
-    other_SLL = sequences_SL[:, :, None] != sequences_SL[:, None, :]
-    mask_SLL = torch.zeros(other_SLL.shape, device=cu_seqlens.device)
-    mask_SLL.masked_fill_(other_SLL, float("-inf"))
-    # Nobody reads the context of an empty place: any row of the strip's mask will do there.
-    first_rows_SW = (count_up(num_strips) * length).repeat_interleave(per_strip)
-    first_rows_SW[slots_B] = first_rows_B
+    on_host = cu_seqlens.cpu()
     return PackedLayout(
-        rows_N=rows_N,
-        tokens_R=tokens_R,
-        mask_S1LL=mask_SLL[:, None],
-        first_tokens_B=starts_B,
-        slots_B=slots_B,
-        sequences_SW=sequences_SW,
-        mask_S1WL=mask_SLL.view(-1, length)[first_rows_SW].view(num_strips, 1, per_strip, length),
+        cu_seqlens.int(), cu_seqlens[:-1].long(), int(on_host.diff().max()), on_host
     )
-
-
-def _place_in_strips(lengths_B: Tensor) -> tuple[Tensor, Tensor, int, int]:
-    """(strip of each sequence, its offset there, length of a strip, sequences to a strip)."""
-    batch_size = len(lengths_B)
-    order = torch.argsort(lengths_B, descending=True, stable=True)
-    sorted_B = lengths_B[order]
-    place = torch.arange(batch_size, device=lengths_B.device)
-    partner = batch_size - 1 - place
-    is_second = place > partner
-    offsets = torch.where(is_second, sorted_B[partner], 0)
-    alone, paired = (_round_up(int(x.max())) for x in (sorted_B, sorted_B + offsets))
-    if -(-batch_size // 2) * paired**2 >= batch_size * alone**2:
-        return place, torch.zeros_like(place), alone, 1
-    strips_B, offsets_B = torch.empty_like(place), torch.empty_like(place)
-    strips_B[order], offsets_B[order] = torch.minimum(place, partner), offsets
-    return strips_B, offsets_B, paired, 2
-
-
-def _round_up(length: int) -> int:
-    return -(-length // ROUND_LENGTH_TO) * ROUND_LENGTH_TO
 
 
 def packed_attention(
@@ -129,18 +100,41 @@ def packed_attention(
     layout: PackedLayout,
     num_heads: int,
     dropout_p: float = 0.0,
-    generator: torch.Generator | None = None,
+    randomness: Randomness | None = None,
+    site: int = 0,
+    impl: str = "auto",
 ) -> Tensor:
     """softmax(Q Kᵀ / √K) V within each sequence, with dropout on the probabilities.
 
     qkv_T3D: [T, 3·D], queries, keys and values side by side. Returns context_TD: [T, D], zero at
-    filler tokens. The softmax is computed in fp32 (fp64 for fp64 input).
+    filler tokens (flash attention: finite). The softmax is computed in fp32 (fp64 for fp64 input).
+    randomness: on its device, for Triton DropoutCounters; None turns dropout off. site: see
+    `dropout`. impl: `triton` for texts beyond 128 tokens, or a head size that is neither 32 nor 64,
+    is flash attention where that can run, and else padded blocks.
     Source: Vaswani et al. 2017, equation 1.
     """
-    query_SHLK, key_SHLK, value_SHLK = _Pad.apply(qkv_T3D, layout, 3, num_heads)
-    context_SHLK = attend(query_SHLK, key_SHLK, value_SHLK, layout.mask_S1LL, dropout_p, generator)
-    context_TD: Tensor = _Unpad.apply(context_SHLK, layout, len(qkv_T3D))
-    return context_TD
+    if use_triton(impl, qkv_T3D):
+        head_size = qkv_T3D.shape[1] // 3 // num_heads
+        if is_short(layout, head_size, qkv_T3D.dtype):
+            context_TD: Tensor = _ShortAttention.apply(
+                qkv_T3D, layout, num_heads, dropout_p, randomness, site
+            )
+            return context_TD
+        if layout.max_length <= MAX_FLASH_LENGTH and can_flash(qkv_T3D, head_size):
+            query_TD, key_TD, value_TD = qkv_T3D.chunk(3, dim=1)
+            cu_seqlens = _with_filler(layout, len(qkv_T3D))
+            return flash_attention(
+                query_TD,
+                key_TD,
+                value_TD,
+                (cu_seqlens, cu_seqlens),
+                (layout.max_length, layout.max_length),
+                num_heads,
+                dropout_p,
+                _generator(randomness),
+                site,
+            )
+    return padded_attention(qkv_T3D, layout.block, num_heads, dropout_p, randomness, site)
 
 
 def first_token_attention(
@@ -149,159 +143,450 @@ def first_token_attention(
     layout: PackedLayout,
     num_heads: int,
     dropout_p: float = 0.0,
-    generator: torch.Generator | None = None,
+    randomness: Randomness | None = None,
+    site: int = 0,
+    impl: str = "auto",
 ) -> Tensor:
     """`packed_attention` of each sequence's first token alone: context_BD, [B, D].
 
     query_BD: [B, D], of the first tokens. key_value_T2D: [T, 2·D], keys and values side by side.
+    randomness: of the T tokens. A text without tokens has a context of zeros.
     """
-    key_SHLK, value_SHLK = _Pad.apply(key_value_T2D, layout, 2, num_heads)
-    num_strips, _, per_strip, _ = layout.mask_S1WL.shape
-    query_SWHK = query_BD.index_select(0, layout.sequences_SW).view(
-        num_strips, per_strip, num_heads, -1
+    if use_triton(impl, query_BD):
+        head_size = query_BD.shape[1] // num_heads
+        if is_short(layout, head_size, query_BD.dtype):
+            context_BD: Tensor = _ShortFirstTokenAttention.apply(
+                query_BD, key_value_T2D, layout, num_heads, dropout_p, randomness, site
+            )
+            return context_BD
+        if layout.max_length <= MAX_FLASH_LENGTH and can_flash(query_BD, head_size):
+            key_TD, value_TD = key_value_T2D.chunk(2, dim=1)
+            counts = torch.arange(len(query_BD) + 1, dtype=torch.int32, device=query_BD.device)
+            return flash_attention(
+                query_BD,
+                key_TD,
+                value_TD,
+                (counts, layout.cu_seqlens),
+                (1, layout.max_length),
+                num_heads,
+                dropout_p,
+                _generator(randomness),
+                site,
+            )
+    return padded_first_token_attention(
+        query_BD,
+        key_value_T2D,
+        layout.block,
+        layout.first_tokens_B,
+        num_heads,
+        dropout_p,
+        randomness,
+        site,
     )
-    context_SHWK = attend(
-        query_SWHK.transpose(1, 2), key_SHLK, value_SHLK, layout.mask_S1WL, dropout_p, generator
+
+
+def is_short(layout: PackedLayout, head_size: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels here take such texts.
+
+    In fp32 only in the interpreter: matrix units have no fp32, and without them a block of scores
+    does not fit into the registers.
+    """
+    return (
+        layout.max_length <= MAX_SHORT_LENGTH
+        and head_size in SHORT_HEAD_SIZES
+        and (dtype != torch.float32 or _INTERPRETED)
     )
-    context_SWD = context_SHWK.transpose(1, 2).reshape(len(layout.sequences_SW), -1)
-    return context_SWD.index_select(0, layout.slots_B)
 
 
-def attend(
-    query_SHMK: Tensor,
-    key_SHLK: Tensor,
-    value_SHLK: Tensor,
-    mask_S1ML: Tensor,
-    dropout_p: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """The product on padded blocks, [S, H, M, K]; `mask_S1ML` is added to the scores."""
-    context_SHMK: Tensor = _Attend.apply(
-        query_SHMK, key_SHLK, value_SHLK, mask_S1ML, dropout_p, generator
-    )
-    return context_SHMK
+def _with_filler(layout: PackedLayout, num_tokens: int) -> Tensor:
+    """Boundaries of the texts and, last, of the filler: flash attention leaves out nothing."""
+    end = layout.cu_seqlens.new_full((1,), num_tokens)
+    return torch.cat([layout.cu_seqlens, end])
 
 
-def reference_attend(
-    query_SHMK: Tensor,
-    key_SHLK: Tensor,
-    value_SHLK: Tensor,
-    mask_S1ML: Tensor,
-    dropout_p: float = 0.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:
-    """The same function, written as the formula and differentiated by autograd."""
-    scores_SHML = (query_SHMK @ key_SHLK.transpose(2, 3)).to(_softmax_dtype(query_SHMK))
-    scores_SHML = scores_SHML * query_SHMK.shape[-1] ** -0.5 + mask_S1ML
-    probabilities_SHML = torch.softmax(scores_SHML, dim=-1).to(value_SHLK.dtype)
-    return dropout(probabilities_SHML, dropout_p, generator) @ value_SHLK
+def _generator(randomness: Randomness | None) -> torch.Generator | None:
+    return randomness.generator if isinstance(randomness, DropoutCounters) else randomness
 
 
-class _Attend(torch.autograd.Function):
+class _ShortAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        query_SHMK: Tensor,
-        key_SHLK: Tensor,
-        value_SHLK: Tensor,
-        mask_S1ML: Tensor,
-        dropout_p: float,
-        generator: torch.Generator | None,
+        qkv_T3D: Tensor,
+        layout: PackedLayout,
+        num_heads: int,
+        p: float,
+        randomness: Randomness | None,
+        site: int,
     ) -> Tensor:
-        scores_SHML = (query_SHMK @ key_SHLK.transpose(2, 3)).to(_softmax_dtype(query_SHMK))
-        root = query_SHMK.shape[-1] ** -0.5
-        torch.add(mask_S1ML, scores_SHML, alpha=root, out=scores_SHML)
-        probabilities_SHML = torch.softmax(scores_SHML, dim=-1).to(query_SHMK.dtype)
-        if generator is None or dropout_p == 0.0:
-            kept_SHML, scale, dropped_SHML = None, 1.0, probabilities_SHML
-        else:
-            kept_SHML, scale = dropout_mask(
-                probabilities_SHML.shape, dropout_p, generator, query_SHMK.dtype
-            )
-            dropped_SHML = probabilities_SHML * kept_SHML
-        context_SHMK = dropped_SHML @ value_SHLK
-        ctx.save_for_backward(query_SHMK, key_SHLK, value_SHLK, probabilities_SHML, kept_SHML)
-        ctx.scale, ctx.root = scale, root
-        return context_SHMK if kept_SHML is None else context_SHMK.mul_(scale)
+        qkv_T3D = qkv_T3D.contiguous()
+        tensors = (layout.cu_seqlens, *counter_tensors(randomness, p))
+        ctx.save_for_backward(qkv_T3D, *tensors)
+        ctx.numbers = (num_heads, layout.max_length, p, site)
+        context_TD: Tensor = _forward(*_split(qkv_T3D), *tensors, *ctx.numbers, False)
+        return context_TD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, upstream_SHMK: Tensor) -> tuple[Tensor | None, ...]:
-        query_SHMK, key_SHLK, value_SHLK, probabilities_SHML, kept_SHML = ctx.saved_tensors
-        upstream_SHMK = upstream_SHMK * ctx.scale
-        dprobabilities_SHML = upstream_SHMK @ value_SHLK.transpose(2, 3)
-        dropped_SHML = probabilities_SHML
-        if kept_SHML is not None:
-            dropped_SHML = probabilities_SHML * kept_SHML
-            dprobabilities_SHML *= kept_SHML
-        dvalue_SHLK = dropped_SHML.transpose(2, 3) @ upstream_SHMK
-        dscores_SHML = torch._softmax_backward_data(
-            dprobabilities_SHML, probabilities_SHML, -1, probabilities_SHML.dtype
+    def backward(ctx: Any, upstream_TD: Tensor) -> tuple[Tensor | None, ...]:
+        qkv_T3D, *tensors = ctx.saved_tensors
+        dqkv_T3D = torch.empty_like(qkv_T3D)
+        _backward_(
+            *_split(dqkv_T3D),
+            upstream_TD.contiguous(),
+            *_split(qkv_T3D),
+            *tensors,
+            *ctx.numbers,
+            False,
         )
-        dquery_SHMK = (dscores_SHML @ key_SHLK).mul_(ctx.root)
-        dkey_SHLK = (dscores_SHML.transpose(2, 3) @ query_SHMK).mul_(ctx.root)
-        return dquery_SHMK, dkey_SHLK, dvalue_SHLK, None, None, None
+        return dqkv_T3D, *[None] * 5
 
 
-# The two copies between the packed axis and the padded blocks are gathers both ways, also in
-# backward: autograd's own backward of a gather adds into place row by row, which distinct rows do
-# not need.
-
-
-class _Pad(torch.autograd.Function):
-    """[T, P·D] → P blocks [S, H, L, K]. Padding rows repeat token 0: as keys they are masked, and
-    as queries nobody reads them."""
-
+class _ShortFirstTokenAttention(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_TPD: Tensor, layout: PackedLayout, num_parts: int, num_heads: int
-    ) -> tuple[Tensor, ...]:
-        ctx.layout, ctx.num_tokens = layout, len(x_TPD)
-        block_RPD = x_TPD.index_select(0, layout.tokens_R)
-        block_SLPHK = block_RPD.view(*layout.mask_S1LL.shape[::3], num_parts, num_heads, -1)
-        return block_SLPHK.permute(2, 0, 3, 1, 4).contiguous().unbind(0)
+        ctx: Any,
+        query_BD: Tensor,
+        key_value_T2D: Tensor,
+        layout: PackedLayout,
+        num_heads: int,
+        p: float,
+        randomness: Randomness | None,
+        site: int,
+    ) -> Tensor:
+        query_BD, key_value_T2D = query_BD.contiguous(), key_value_T2D.contiguous()
+        tensors = (layout.cu_seqlens, *counter_tensors(randomness, p))
+        ctx.save_for_backward(query_BD, key_value_T2D, *tensors)
+        ctx.numbers = (num_heads, layout.max_length, p, site)
+        context_BD: Tensor = _forward(query_BD, key_value_T2D, *tensors, *ctx.numbers, True)
+        return context_BD
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients_SHLK: Tensor) -> tuple[Tensor | None, ...]:
-        num_strips, num_heads, length, head_size = gradients_SHLK[0].shape
-        block_SLPHK = gradients_SHLK[0].new_empty(
-            num_strips, length, len(gradients_SHLK), num_heads, head_size
+    def backward(ctx: Any, upstream_BD: Tensor) -> tuple[Tensor | None, ...]:
+        query_BD, key_value_T2D, *tensors = ctx.saved_tensors
+        dquery_BD, dkey_value_T2D = torch.empty_like(query_BD), torch.empty_like(key_value_T2D)
+        _backward_(
+            dquery_BD,
+            dkey_value_T2D,
+            upstream_BD.contiguous(),
+            query_BD,
+            key_value_T2D,
+            *tensors,
+            *ctx.numbers,
+            True,
         )
-        for part, gradient_SHLK in enumerate(gradients_SHLK):
-            block_SLPHK[:, :, part] = gradient_SHLK.transpose(1, 2)
-        block_RPD = block_SLPHK.view(num_strips * length, -1)
-        return _take_rows(block_RPD, ctx.layout.rows_N, ctx.num_tokens), None, None, None
+        return dquery_BD, dkey_value_T2D, *[None] * 5
 
 
-class _Unpad(torch.autograd.Function):
-    """[S, H, L, K] → [T, D]; filler tokens get zeros."""
-
-    @staticmethod
-    def forward(ctx: Any, block_SHLK: Tensor, layout: PackedLayout, num_tokens: int) -> Tensor:
-        ctx.layout, ctx.shape = layout, block_SHLK.shape
-        block_RD = block_SHLK.transpose(1, 2).reshape(len(layout.tokens_R), -1)
-        return _take_rows(block_RD, layout.rows_N, num_tokens)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient_TD: Tensor) -> tuple[Tensor, None, None]:
-        num_strips, num_heads, length, head_size = ctx.shape
-        rows_N = ctx.layout.rows_N
-        # Zeros at padding: what comes from there must not reach keys and values.
-        block_RD = gradient_TD.new_zeros(num_strips * length, gradient_TD.shape[1])
-        block_RD.index_copy_(0, rows_N, gradient_TD[: len(rows_N)])
-        block_SLHK = block_RD.view(num_strips, length, num_heads, head_size)
-        return block_SLHK.transpose(1, 2).contiguous(), None, None
+def _split(qkv_T3D: Tensor) -> tuple[Tensor, Tensor]:
+    """Views of the queries, [T, D], and of keys and values, [T, 2·D]."""
+    width = qkv_T3D.shape[1] // 3
+    return qkv_T3D[:, :width], qkv_T3D[:, width:]
 
 
-def _take_rows(block_RF: Tensor, rows_N: Tensor, num_tokens: int) -> Tensor:
-    """Row `rows_N[t]` of the block becomes row t; filler rows, N to `num_tokens`, are zero."""
-    taken_TF = block_RF.new_empty(num_tokens, block_RF.shape[1])
-    torch.index_select(block_RF, 0, rows_N, out=taken_TF[: len(rows_N)])
-    taken_TF[len(rows_N) :] = 0
-    return taken_TF
+WARPS = {16: 2, 32: 2, 64: 4, 128: 8}
+"""By keys of a block: at 128, 64 scores a thread, of which backward holds three kinds. Not tuned on
+a GPU yet."""
+
+LEAST_BLOCK = 16
+"""What a matrix unit takes."""
 
 
-def _softmax_dtype(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
+def _block_sizes(max_length: int, first_only: bool) -> tuple[int, int]:
+    """(queries of a block, keys of a block)."""
+    keys = max(LEAST_BLOCK, next_power_of_2(max_length))
+    return LEAST_BLOCK if first_only else keys, keys
+
+
+def _fake_forward(query: Tensor, *_: Any) -> Tensor:
+    return query.new_empty(query.shape)
+
+
+@torch_operator(
+    "short_attention_forward(Tensor query, Tensor key_value, Tensor cu_seqlens, Tensor? key, "
+    "Tensor? draws, Tensor? positions, int num_heads, int max_length, float p, int site, "
+    "bool first_only) -> Tensor",
+    fake=_fake_forward,
+)
+def _forward(
+    query: Tensor,
+    key_value_T2D: Tensor,
+    cu_seqlens: Tensor,
+    key: Tensor | None,
+    draws_T: Tensor | None,
+    positions_T: Tensor | None,
+    num_heads: int,
+    max_length: int,
+    p: float,
+    site: int,
+    first_only: bool,
+) -> Tensor:
+    """Contexts, contiguous. query: [T, D], or with `first_only` [B, D]; rows may lie apart."""
+    context = _fake_forward(query)
+    block_queries, block_keys = _block_sizes(max_length, first_only)
+    drop_below, scale = lane_threshold(p)
+    # A text has a program a head, and the filler one more.
+    _forward_kernel[(len(cu_seqlens), num_heads)](
+        query,
+        key_value_T2D,
+        context,
+        cu_seqlens,
+        key,
+        draws_T,
+        len(key_value_T2D),
+        drop_below,
+        scale,
+        site,
+        **_constants(query, key_value_T2D, num_heads, first_only),
+        HAS_DROPOUT=key is not None,
+        BLOCK_M=block_queries,
+        BLOCK_L=block_keys,
+        num_warps=WARPS[block_keys],
+        enable_fp_fusion=True,
+    )
+    return context
+
+
+def _constants(
+    query: Tensor, key_value_T2D: Tensor, num_heads: int, first_only: bool
+) -> dict[str, Any]:
+    """What the kernels are compiled for besides blocks: shapes and precision."""
+    return {
+        "D": query.shape[1],
+        "HEAD_SIZE": query.shape[1] // num_heads,
+        "QUERY_STRIDE": query.stride(0),
+        "KEY_STRIDE": key_value_T2D.stride(0),
+        "FIRST_ONLY": first_only,
+        "HEAD_GROUPS": HEAD_FEATURES // 8,
+        # Triton's interpreter would multiply the bits of bf16 as if they were integers.
+        "IN_FP32": _INTERPRETED and query.dtype == torch.bfloat16,
+    }
+
+
+@jit
+def _dot(a: "Pointer", b: "Pointer", IN_FP32: tl.constexpr) -> "Pointer":
+    """a @ b, summed in fp32; fp32 is multiplied as fp32, not as tf32."""
+    if IN_FP32:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@jit
+def _softmax(
+    query_MK: "Pointer",
+    key_LK: "Pointer",
+    length: "Pointer",
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    IN_FP32: tl.constexpr,
+) -> "Pointer":
+    """P, [M, L] fp32; all zero where there are no keys."""
+    scores_ML = _dot(query_MK, tl.trans(key_LK), IN_FP32) * (HEAD_SIZE**-0.5)
+    is_key_1L = (tl.arange(0, BLOCK_L) < length)[None, :]
+    scores_ML = tl.where(is_key_1L, scores_ML, float("-inf"))
+    most_M = tl.where(length > 0, tl.max(scores_ML, axis=1), 0.0)
+    exponentials_ML = tl.exp(scores_ML - most_M[:, None])
+    sums_M = tl.where(length > 0, tl.sum(exponentials_ML, axis=1), 1.0)
+    return exponentials_ML / sums_M[:, None]
+
+
+@jit
+def _forward_kernel(
+    query: "Pointer",
+    key_value: "Pointer",
+    context: "Pointer",
+    cu_seqlens: "Pointer",
+    key: "Pointer",
+    draws_T: "Pointer",
+    num_tokens: int,
+    drop_below: int,
+    scale: float,
+    site: int,
+    D: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    QUERY_STRIDE: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    FIRST_ONLY: tl.constexpr,
+    HEAD_GROUPS: tl.constexpr,
+    IN_FP32: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+) -> None:
+    text, head = tl.program_id(0), tl.program_id(1)
+    start = tl.load(cu_seqlens + text)
+    queries_M, keys_L = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_L)
+    features_K = head * HEAD_SIZE + tl.arange(0, HEAD_SIZE)
+
+    if text < tl.num_programs(0) - 1:
+        length = tl.load(cu_seqlens + text + 1) - start
+        rows_M = (text if FIRST_ONLY else start).to(tl.int64) + queries_M
+        is_query_M1 = (queries_M < (1 if FIRST_ONLY else length))[:, None]
+        rows_L = start.to(tl.int64) + keys_L
+        is_key_L1 = (keys_L < length)[:, None]
+        query_MK = tl.load(
+            query + rows_M[:, None] * QUERY_STRIDE + features_K[None, :],
+            mask=is_query_M1,
+            other=0.0,
+        )
+        at_key_LK = key_value + rows_L[:, None] * KEY_STRIDE + features_K[None, :]
+        key_LK = tl.load(at_key_LK, mask=is_key_L1, other=0.0)
+        value_LK = tl.load(at_key_LK + D, mask=is_key_L1, other=0.0)
+
+        dropped_ML = _softmax(query_MK, key_LK, length, HEAD_SIZE, BLOCK_L, IN_FP32)
+        if HAS_DROPOUT:
+            draw = tl.load(draws_T + start, mask=length > 0, other=0)
+            kept_ML = keep_mask_at(
+                key,
+                draw + tl.zeros([BLOCK_M], tl.int32),
+                queries_M,
+                head * HEAD_GROUPS,
+                site,
+                drop_below,
+                BLOCK_M,
+                BLOCK_L,
+            )
+            dropped_ML = tl.where(kept_ML, dropped_ML * scale, 0.0)
+        context_MK = _dot(dropped_ML.to(value_LK.dtype), value_LK, IN_FP32)
+        at_context_MK = context + rows_M[:, None] * D + features_K[None, :]
+        tl.store(at_context_MK, context_MK, mask=is_query_M1)
+    elif not FIRST_ONLY:
+        nothing_LK = tl.zeros([BLOCK_L, HEAD_SIZE], context.dtype.element_ty)
+        for first in range(start, num_tokens, BLOCK_L):
+            rows_L1 = (first + keys_L)[:, None]
+            at_LK = context + rows_L1.to(tl.int64) * D + features_K[None, :]
+            tl.store(at_LK, nothing_LK, mask=rows_L1 < num_tokens)
+
+
+@torch_operator(
+    "short_attention_backward_(Tensor(a!) dquery, Tensor(b!) dkey_value, Tensor upstream, "
+    "Tensor query, Tensor key_value, Tensor cu_seqlens, Tensor? key, Tensor? draws, "
+    "Tensor? positions, int num_heads, int max_length, float p, int site, bool first_only) -> ()",
+    fake=lambda *_: None,
+)
+def _backward_(
+    dquery: Tensor,
+    dkey_value_T2D: Tensor,
+    upstream: Tensor,
+    query: Tensor,
+    key_value_T2D: Tensor,
+    cu_seqlens: Tensor,
+    key: Tensor | None,
+    draws_T: Tensor | None,
+    positions_T: Tensor | None,
+    num_heads: int,
+    max_length: int,
+    p: float,
+    site: int,
+    first_only: bool,
+) -> None:
+    """Fills the gradients, which lie in memory as what they are the gradients of."""
+    block_queries, block_keys = _block_sizes(max_length, first_only)
+    drop_below, scale = lane_threshold(p)
+    _backward_kernel[(len(cu_seqlens), num_heads)](
+        upstream,
+        query,
+        key_value_T2D,
+        dquery,
+        dkey_value_T2D,
+        cu_seqlens,
+        key,
+        draws_T,
+        len(key_value_T2D),
+        drop_below,
+        scale,
+        site,
+        **_constants(query, key_value_T2D, num_heads, first_only),
+        HAS_DROPOUT=key is not None,
+        BLOCK_M=block_queries,
+        BLOCK_L=block_keys,
+        num_warps=WARPS[block_keys],
+        enable_fp_fusion=True,
+    )
+
+
+@jit
+def _backward_kernel(
+    upstream: "Pointer",
+    query: "Pointer",
+    key_value: "Pointer",
+    dquery: "Pointer",
+    dkey_value: "Pointer",
+    cu_seqlens: "Pointer",
+    key: "Pointer",
+    draws_T: "Pointer",
+    num_tokens: int,
+    drop_below: int,
+    scale: float,
+    site: int,
+    D: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    QUERY_STRIDE: tl.constexpr,
+    KEY_STRIDE: tl.constexpr,
+    FIRST_ONLY: tl.constexpr,
+    HEAD_GROUPS: tl.constexpr,
+    IN_FP32: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+) -> None:
+    text, head = tl.program_id(0), tl.program_id(1)
+    start = tl.load(cu_seqlens + text)
+    queries_M, keys_L = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_L)
+    features_K = head * HEAD_SIZE + tl.arange(0, HEAD_SIZE)
+
+    if text < tl.num_programs(0) - 1:
+        length = tl.load(cu_seqlens + text + 1) - start
+        rows_M = (text if FIRST_ONLY else start).to(tl.int64) + queries_M
+        is_query_M1 = (queries_M < (1 if FIRST_ONLY else length))[:, None]
+        rows_L = start.to(tl.int64) + keys_L
+        is_key_L1 = (keys_L < length)[:, None]
+        places_MK = rows_M[:, None] * QUERY_STRIDE + features_K[None, :]
+        places_LK = rows_L[:, None] * KEY_STRIDE + features_K[None, :]
+        query_MK = tl.load(query + places_MK, mask=is_query_M1, other=0.0)
+        key_LK = tl.load(key_value + places_LK, mask=is_key_L1, other=0.0)
+        value_LK = tl.load(key_value + D + places_LK, mask=is_key_L1, other=0.0)
+        upstream_MK = tl.load(
+            upstream + rows_M[:, None] * D + features_K[None, :], mask=is_query_M1, other=0.0
+        )
+
+        p_ML = _softmax(query_MK, key_LK, length, HEAD_SIZE, BLOCK_L, IN_FP32)
+        dropped_ML = p_ML
+        dp_ML = _dot(upstream_MK, tl.trans(value_LK), IN_FP32)
+        if HAS_DROPOUT:
+            draw = tl.load(draws_T + start, mask=length > 0, other=0)
+            kept_ML = keep_mask_at(
+                key,
+                draw + tl.zeros([BLOCK_M], tl.int32),
+                queries_M,
+                head * HEAD_GROUPS,
+                site,
+                drop_below,
+                BLOCK_M,
+                BLOCK_L,
+            )
+            dropped_ML = tl.where(kept_ML, p_ML * scale, 0.0)
+            dp_ML = tl.where(kept_ML, dp_ML * scale, 0.0)
+        # Rows beyond the queries have a P of their own, but no upstream: they add zeros.
+        dvalue_LK = _dot(tl.trans(dropped_ML.to(value_LK.dtype)), upstream_MK, IN_FP32)
+        tl.store(dkey_value + D + places_LK, dvalue_LK, mask=is_key_L1)
+
+        da_ML = p_ML * (dp_ML - tl.sum(p_ML * dp_ML, axis=1)[:, None])
+        da_ML = da_ML.to(query_MK.dtype)
+        root = HEAD_SIZE**-0.5
+        dquery_MK = _dot(da_ML, key_LK, IN_FP32) * root
+        tl.store(dquery + places_MK, dquery_MK, mask=is_query_M1)
+        dkey_LK = _dot(tl.trans(da_ML), query_MK, IN_FP32) * root
+        tl.store(dkey_value + places_LK, dkey_LK, mask=is_key_L1)
+    else:
+        nothing_LK = tl.zeros([BLOCK_L, HEAD_SIZE], dkey_value.dtype.element_ty)
+        for first in range(start, num_tokens, BLOCK_L):
+            rows_L1 = (first + keys_L)[:, None]
+            is_row_L1 = rows_L1 < num_tokens
+            places_LK = rows_L1.to(tl.int64) * KEY_STRIDE + features_K[None, :]
+            tl.store(dkey_value + places_LK, nothing_LK, mask=is_row_L1)
+            tl.store(dkey_value + D + places_LK, nothing_LK, mask=is_row_L1)
+            if not FIRST_ONLY:
+                at_LK = dquery + rows_L1.to(tl.int64) * QUERY_STRIDE + features_K[None, :]
+                tl.store(at_LK, nothing_LK, mask=is_row_L1)

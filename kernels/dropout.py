@@ -16,7 +16,8 @@ Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"
 multiplying and mixing that turn a key of 64 bits and a counter of 128 bits into 128 random bits,
 here the lanes of eight neighbouring features. There is no state to keep: a Triton kernel computes
 the mask where it needs it and again in backward, and never stores it. It does not matter in which
-batch, order or padding a text comes.
+batch, order or padding a text comes. In attention the features of a query are its keys, by their
+positions: key j of head h is feature h · 65,536 + j.
 
 Shapes: T rows (packed tokens), D features.
 """
@@ -31,6 +32,9 @@ from . import Pointer, jit, tl
 
 _LANE_VALUES = 65_536
 
+HEAD_FEATURES = 65_536
+"""Features of an attention head: more than there can be keys."""
+
 
 @dataclass(frozen=True)
 class DropoutCounters:
@@ -43,7 +47,7 @@ class DropoutCounters:
     positions_T: Tensor
     """[T] int32: the row's position in its text."""
     generator: torch.Generator
-    """For attention, which draws its mask in padded blocks."""
+    """For flash attention, which has randomness of its own (`flash_attention.py`)."""
 
     def take(self, rows: Tensor) -> "DropoutCounters":
         """Those of some rows, [R] integer."""
@@ -79,6 +83,28 @@ def dropout_mask(
     # which torch has no vector code.
     torch.ge(lanes, drop_below - _LANE_VALUES // 2, out=lanes)
     return lanes.to(dtype), scale
+
+
+def dropout_mask_at(
+    key: Tensor,
+    draws: Tensor,
+    positions: Tensor,
+    features: Tensor,
+    site: int,
+    p: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, float]:
+    """`dropout_mask` of single elements, named by counters whose shapes broadcast to the mask's.
+
+    Eight times the work for each, of which seven eighths are thrown away: to check others by.
+    """
+    drop_below, scale = lane_threshold(p)
+    features = features.long()
+    counter = (features // 8, positions.long(), draws.long(), torch.full_like(features, site))
+    words_4 = torch.stack(torch.broadcast_tensors(*philox(key, counter)))
+    lane = (features % 8).expand(words_4.shape[1:])
+    word = words_4.gather(0, (lane // 2)[None])[0]
+    return ((word >> 16 * (lane % 2)) & 0xFFFF >= drop_below).to(dtype), scale
 
 
 def lane_threshold(p: float) -> tuple[int, float]:
@@ -154,15 +180,33 @@ def keep_mask(
 ) -> "Pointer":
     """Triton: [BLOCK_R, BLOCK_D] bool, whether an element is kept.
 
-    rows_R, is_row_R: a block of rows, and which of them there are. One Philox serves the eight
-    features that a thread holds side by side, at some 12 integer operations each.
+    rows_R, is_row_R: a block of rows, and which of them there are.
     """
     draws_R = tl.load(draws_T + rows_R, mask=is_row_R, other=0)
     positions_R = tl.load(positions_T + rows_R, mask=is_row_R, other=0)
+    return keep_mask_at(key, draws_R, positions_R, 0, site, drop_below, BLOCK_R, BLOCK_D)
+
+
+@jit
+def keep_mask_at(
+    key: "Pointer",
+    draws_R: "Pointer",
+    positions_R: "Pointer",
+    first_group: int,
+    site: int,
+    drop_below: int,
+    BLOCK_R: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+) -> "Pointer":
+    """Triton: `keep_mask` of rows whose counters are in registers, from feature 8 · first_group on.
+
+    One Philox serves the eight features that a thread holds side by side, at some 12 integer
+    operations each.
+    """
     zero_RG = tl.zeros([BLOCK_R, BLOCK_D // 8], tl.int32)
     w0, w1, w2, w3 = tl.philox(
         tl.load(key),
-        zero_RG + tl.arange(0, BLOCK_D // 8)[None, :],
+        zero_RG + first_group + tl.arange(0, BLOCK_D // 8)[None, :],
         zero_RG + positions_R[:, None],
         zero_RG + draws_R[:, None],
         zero_RG + site,

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -74,24 +75,37 @@ TINY = BertConfig(
 @pytest.fixture
 def tiny_checkpoint() -> Checkpoint:
     """Three layers of random weights, large enough for attention to be far from flat."""
+    return random_checkpoint(TINY)
+
+
+@pytest.fixture
+def short_heads_checkpoint() -> Checkpoint:
+    """Two layers with heads of 32 features, for which attention has Triton kernels."""
+    shape = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    return random_checkpoint(replace(TINY, **shape))
+
+
+def random_checkpoint(config: BertConfig) -> Checkpoint:
     generator = torch.Generator().manual_seed(0)
+    hidden, inner = config.hidden_size, config.intermediate_size
     shapes = {
-        "embeddings.word.weight": (TINY.vocab_size, 24),
-        "embeddings.position.weight": (TINY.max_position_embeddings, 24),
-        "embeddings.token_type.weight": (2, 24),
-        "pooler.weight": (24, 24),
+        "embeddings.word.weight": (config.vocab_size, hidden),
+        "embeddings.position.weight": (config.max_position_embeddings, hidden),
+        "embeddings.token_type.weight": (2, hidden),
+        "pooler.weight": (hidden, hidden),
     }
-    matrices = {"qkv": (72, 24), "attention_output": (24, 24)}
-    matrices |= {"intermediate": (40, 24), "output": (24, 40)}
+    matrices = {"qkv": (3 * hidden, hidden), "attention_output": (hidden, hidden)}
+    matrices |= {"intermediate": (inner, hidden), "output": (hidden, inner)}
+    scale = 0.3 * (24 / hidden) ** 0.5
     tensors = {}
-    for name, _ in tensor_names(TINY.num_hidden_layers):
+    for name, _ in tensor_names(config.num_hidden_layers):
         part = name.split(".")[-2]
         if name.endswith("norm.weight"):
-            tensors[name] = 1 + 0.1 * torch.randn(24, generator=generator)
+            tensors[name] = 1 + 0.1 * torch.randn(hidden, generator=generator)
         elif name.endswith(".bias"):
-            rows = matrices.get(part, (24,))[0]
+            rows = matrices.get(part, (hidden,))[0]
             tensors[name] = 0.1 * torch.randn(rows, generator=generator)
         else:
             shape = shapes.get(name) or matrices[part]
-            tensors[name] = 0.3 * torch.randn(shape, generator=generator)
-    return Checkpoint(TINY, tensors)
+            tensors[name] = scale * torch.randn(shape, generator=generator)
+    return Checkpoint(config, tensors)

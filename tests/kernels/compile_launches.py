@@ -9,6 +9,7 @@ thread, bytes of spills, and how many reads and writes of memory are 16 bytes a 
 """
 
 import json
+import multiprocessing
 import re
 import subprocess
 import tempfile
@@ -26,6 +27,11 @@ from triton.runtime import JITFunction
 
 import twostage.kernels
 from twostage.kernels.adamw import adamw_
+from twostage.kernels.attention import (
+    first_token_attention,
+    packed_attention,
+    packed_layout,
+)
 from twostage.kernels.cross_entropy import fused_cross_entropy
 from twostage.kernels.dropout import DropoutCounters
 from twostage.kernels.embedding import embed_tokens
@@ -80,6 +86,25 @@ def run_embedding(dtype: torch.dtype) -> None:
         out_TD.backward(torch.empty_like(out_TD))
 
 
+def run_attention(dtype: torch.dtype) -> None:
+    if dtype == torch.float32:
+        return  # for the interpreter alone
+    # MiniLM's shape and BERT-base's; all blocks of keys.
+    for width, p, longest in (
+        *((384, 0.1, longest) for longest in (32, 128)),
+        *((768, 0.1, longest) for longest in (16, 32, 64, 128)),
+        (768, 0.0, 64),
+    ):
+        layout = packed_layout(torch.tensor([0, longest, longest + 5]))
+        num_tokens = int(layout.cu_seqlens[-1])
+        rest = (layout, 12, p, counters(num_tokens), 1, "triton")
+        context_TD = packed_attention(leaf(num_tokens, 3 * width, dtype=dtype), *rest)
+        context_TD.backward(torch.empty_like(context_TD))
+        key_value_T2D = leaf(num_tokens, 2 * width, dtype=dtype)
+        context_BD = first_token_attention(leaf(2, width, dtype=dtype), key_value_T2D, *rest)
+        context_BD.backward(torch.empty_like(context_BD))
+
+
 def run_gelu(dtype: torch.dtype) -> None:
     for num_features in (40, 3_072):
         bias_I = leaf(num_features, dtype=dtype)
@@ -110,6 +135,7 @@ def run_adamw(dtype: torch.dtype) -> None:
 RUNS: tuple[Callable[[torch.dtype], None], ...] = (
     run_residual_norm,
     run_embedding,
+    run_attention,
     run_gelu,
     run_cross_entropy,
     run_adamw,
@@ -121,8 +147,6 @@ def leaf(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def main() -> None:
-    launches: dict[str, tuple[JITFunction[Any], dict[str, Any], dict[str, Any]]] = {}
-
     def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **more: Any) -> None:
         options = {name: more.pop(name) for name in ("num_warps", "enable_fp_fusion")}
         named = dict(zip(kernel.arg_names, arguments, strict=False)) | more
@@ -141,13 +165,24 @@ def main() -> None:
     for run in RUNS:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             run(dtype)
-    print(json.dumps([row for launch in launches.values() for row in compile_launch(*launch)]))
+    # Kernels cannot be pickled; forked processes have them already.
+    with multiprocessing.get_context("fork").Pool() as pool:
+        rows = pool.map(compile_launch, launches, chunksize=1)
+    print(json.dumps([row for some in rows for row in some]))
 
 
-def compile_launch(
+launches: dict[str, tuple["JITFunction[Any]", dict[str, Any], dict[str, Any]]] = {}
+"""Kernel, arguments (a type, "*fp32", for a tensor, else the value) and options of each launch."""
+
+
+def compile_launch(name: str) -> list[dict[str, Any]]:
+    """What comes out for each target."""
+    return list(compile_for_targets(*launches[name]))
+
+
+def compile_for_targets(
     kernel: "JITFunction[Any]", arguments: dict[str, Any], options: dict[str, Any]
 ) -> Iterator[dict[str, Any]]:
-    """What comes out for each target. arguments: a type ("*fp32") for a tensor, else the value."""
     constants = {p.name for p in kernel.params if p.is_constexpr}
     constants |= {name for name, value in arguments.items() if value is None}
     signature, fixed, attributes = {}, {}, {}

@@ -189,7 +189,7 @@ def test_dropout_acts_at_every_site_with_its_own_probability(
         seen.append((p, tuple(shape)))
         return torch.ones(shape, dtype=dtype), 1.0
 
-    for kernel in ("dropout", "attention", "residual_norm"):
+    for kernel in ("dropout", "padded_attention", "residual_norm"):
         monkeypatch.setattr(f"twostage.kernels.{kernel}.dropout_mask", spy)
     model = classifier(replace(tiny_checkpoint, config=config))
     model(**random_batch([5, 9], 64).inputs(), randomness=torch.Generator())

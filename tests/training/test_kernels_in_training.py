@@ -17,9 +17,10 @@ from twostage.training.stage import StageData, StageSettings, StepReport, train_
 from twostage.training.state import TrainingState
 from twostage.two_stage import freeze_below_top
 
-STEPS = 30
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 1e-2}
-"""Relative, of each step's loss: 30 steps let roundings grow, and those of bf16 are 2^-8."""
+STEPS = 20
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+"""Relative, of each step's loss: 20 steps let roundings grow, and those of bf16 are 2^-8, or, where
+Triton's interpreter cuts off what a GPU rounds, twice that."""
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def data() -> StageData:
 def train(
     checkpoint: Checkpoint, data: StageData, settings: StageSettings, stage: int, loss: Loss
 ) -> list[StepReport]:
-    """30 steps, a report after each."""
+    """20 steps, a report after each."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(checkpoint, 2, torch.Generator().manual_seed(0)).to(device)
     state = TrainingState(7, model)
@@ -77,15 +78,15 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
 @pytest.mark.usefixtures("always_counted")
 @pytest.mark.parametrize(("stage", "dtype"), [(1, torch.float32), *((2, d) for d in TOLERANCE)])
-def test_thirty_steps_with_and_without_kernels_have_the_same_losses(
-    tiny_checkpoint: Checkpoint,
+def test_twenty_steps_with_and_without_kernels_have_the_same_losses(
+    short_heads_checkpoint: Checkpoint,
     data: StageData,
     launched: set[str],
     kernel_names: set[str],
     stage: int,
     dtype: torch.dtype,
 ) -> None:
-    settings = StageSettings(epochs=3, learning_rate=2e-3, batch_size=6, dtype=dtype)
+    settings = StageSettings(epochs=2, learning_rate=2e-3, batch_size=6, dtype=dtype)
     losses, norms = [], []
     for impl, rate in (("torch", 1e-30), ("torch", 2e-3), ("triton", 2e-3)):
         loss: Loss = partial(cross_entropy, impl=impl)
@@ -95,7 +96,7 @@ def test_thirty_steps_with_and_without_kernels_have_the_same_losses(
             loss = make_loss("ldam", "effective", counts, device, impl=impl)
         assert not launched
         now = replace(settings, impl=impl, learning_rate=rate)
-        reports = train(tiny_checkpoint, data, now, stage, loss)
+        reports = train(short_heads_checkpoint, data, now, stage, loss)
         losses.append(torch.tensor([report.loss for report in reports]))
         norms.append(torch.tensor([report.grad_norm for report in reports]))
     assert ((losses[1] - losses[0]).abs() / losses[1]).max() > 0.06, "the updates matter"

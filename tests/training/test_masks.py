@@ -60,10 +60,8 @@ def test_without_the_kernels_masks_come_from_the_seeded_generator(
 
 @pytest.mark.parametrize("num_layers", [0, 1, 3])
 def test_the_trunk_drops_the_same_in_any_window(
-    tiny_checkpoint: Checkpoint, num_layers: int, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Checkpoint, num_layers: int
 ) -> None:
-    """But in attention, whose masks are drawn: here it has none."""
-    monkeypatch.setattr("twostage.kernels.attention._Attend", _WithoutDropout)
     where = state(tiny_checkpoint)
     model = where.model
     rows = np.array([3, 0, 2, 1, 3, 2])
@@ -79,10 +77,3 @@ def test_the_trunk_drops_the_same_in_any_window(
     for text, alone in zip(whole, parts, strict=True):
         torch.testing.assert_close(text, alone)
     assert not torch.allclose(whole[0], whole[4]), "one text drawn twice has two masks"
-
-
-class _WithoutDropout:
-    @staticmethod
-    def apply(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *_: object) -> Tensor:
-        scores = query @ key.transpose(2, 3) * query.shape[-1] ** -0.5
-        return torch.softmax(scores + mask, dim=-1) @ value

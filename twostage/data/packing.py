@@ -9,13 +9,13 @@ token count at almost every step.
 Shapes: N texts, B texts of a batch, T tokens of a batch with filler.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.attention import PackedLayout, packed_layout
+from ..kernels.attention import PackedLayout
 
 ROUND_TOKENS_TO = 64
 CPU = torch.device("cpu")
@@ -50,7 +50,7 @@ class PackedBatch:
     cu_seqlens: Tensor
     """[B+1] int32, from 0 to `num_tokens`."""
     layout: PackedLayout
-    """Where the texts lie in attention's padded block."""
+    """For attention."""
     num_tokens: int
     """Real tokens, without filler."""
 
@@ -96,17 +96,14 @@ def pack(
     position_ids_T[:num_tokens] = tokens - cu_seqlens[:-1].repeat_interleave(lengths_B)
     shift_B = starts_B - cu_seqlens[:-1]
     input_ids_T[:num_tokens] = store.ids[tokens + shift_B.repeat_interleave(lengths_B)]
+    on_device = send(cu_seqlens, device)
     return PackedBatch(
         send(input_ids_T, device),
         send(position_ids_T, device),
-        send(cu_seqlens, device),
-        _send_layout(packed_layout(cu_seqlens), device),
+        on_device,
+        PackedLayout(on_device, on_device[:-1].long(), int(lengths_B.max()), cu_seqlens),
         num_tokens,
     )
-
-
-def _send_layout(layout: PackedLayout, device: torch.device) -> PackedLayout:
-    return PackedLayout(*(send(getattr(layout, field.name), device) for field in fields(layout)))
 
 
 def renumber_tokens(store: TokenStore) -> tuple[TokenStore, Tensor]:

@@ -14,8 +14,8 @@ Of the last layer only the first token of each text is read, so only that is com
 (`BertLayer.forward`): exact, and saves a seventh of the work of a six-layer encoder.
 
 Dropout is on exactly when randomness is passed: there is no train or eval mode to forget. Each
-place with a dropout of its own has a number, its site: 0 after the embeddings, 1 + 2·i and 2 + 2·i
-after the halves of layer i.
+place with a dropout of its own has a number, its site: 0 after the embeddings, 1 + 3·i in the
+attention of layer i, 2 + 3·i and 3 + 3·i after the layer's halves.
 Embedding tables and norms stay in fp32 when the rest is cast to bf16: gathering rows gains nothing
 from bf16, and the sum of many gradients into the row of a frequent word would lose most of them.
 
@@ -172,7 +172,7 @@ class BertLayer(nn.Module):
         self.activation = config.hidden_act
         self.hidden_dropout_p = config.hidden_dropout_prob
         self.attention_dropout_p = config.attention_probs_dropout_prob
-        self.first_site = 1 + 2 * index
+        self.first_site = 1 + 3 * index
         self.impl = impl
 
     def forward(
@@ -189,27 +189,19 @@ class BertLayer(nn.Module):
         follows attention, only the first ones.
         """
         dropout_p = self.attention_dropout_p
-        generator = randomness.generator if isinstance(randomness, DropoutCounters) else randomness
+        attention = (layout, self.num_heads, dropout_p, randomness, self.first_site, self.impl)
         if first_tokens_only:
             split = (hidden_TD.shape[1], 2 * hidden_TD.shape[1])
             query_weight, key_value_weight = self.qkv.weight.split(split)
             query_bias, key_value_bias = self.qkv.bias.split(split)
             key_value_T2D = F.linear(hidden_TD, key_value_weight, key_value_bias)
             hidden_TD = hidden_TD.index_select(0, layout.first_tokens_B)  # from here on [B, D]
+            query_BD = F.linear(hidden_TD, query_weight, query_bias)
+            context_TD = first_token_attention(query_BD, key_value_T2D, *attention)
             if isinstance(randomness, DropoutCounters):
                 randomness = randomness.take(layout.first_tokens_B)
-            context_TD = first_token_attention(
-                F.linear(hidden_TD, query_weight, query_bias),
-                key_value_T2D,
-                layout,
-                self.num_heads,
-                dropout_p,
-                generator,
-            )
         else:
-            context_TD = packed_attention(
-                self.qkv(hidden_TD), layout, self.num_heads, dropout_p, generator
-            )
+            context_TD = packed_attention(self.qkv(hidden_TD), *attention)
 
         def add_and_norm(
             x_TD: Tensor, residual_TD: Tensor, norm: nn.LayerNorm, site: int
@@ -220,7 +212,7 @@ class BertLayer(nn.Module):
             )
 
         hidden_TD = add_and_norm(
-            self.attention_output(context_TD), hidden_TD, self.attention_norm, self.first_site
+            self.attention_output(context_TD), hidden_TD, self.attention_norm, self.first_site + 1
         )
         if self.activation == "gelu" and use_triton(self.impl, hidden_TD):
             without_bias_TI = F.linear(hidden_TD, self.intermediate.weight)
@@ -228,7 +220,7 @@ class BertLayer(nn.Module):
         else:  # torch adds the bias in the matrix product
             activated_TI = activate(self.intermediate(hidden_TD), self.activation)
         return add_and_norm(
-            self.output(activated_TI), hidden_TD, self.output_norm, self.first_site + 1
+            self.output(activated_TI), hidden_TD, self.output_norm, self.first_site + 2
         )
 
 
