@@ -293,9 +293,14 @@ LEAST_BLOCK = 16
 """What a matrix unit takes."""
 
 
+def block_of_keys(max_length: int) -> int:
+    """What the kernels are compiled for where no text is longer."""
+    return max(LEAST_BLOCK, next_power_of_2(max_length))
+
+
 def _block_sizes(max_length: int, first_only: bool) -> tuple[int, int]:
     """(queries of a block, keys of a block)."""
-    keys = max(LEAST_BLOCK, next_power_of_2(max_length))
+    keys = block_of_keys(max_length)
     return LEAST_BLOCK if first_only else keys, keys
 
 

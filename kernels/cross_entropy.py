@@ -35,6 +35,9 @@ from torch.autograd.function import once_differentiable
 
 from . import Pointer, jit, next_power_of_2, tl, torch_operator, use_triton
 
+IGNORED_LABEL = -100
+"""Of a row that counts neither in the loss nor in its mean: torch's own `ignore_index`."""
+
 
 def fused_cross_entropy(
     logits_BC: Tensor,
@@ -46,7 +49,7 @@ def fused_cross_entropy(
 ) -> Tensor:
     """Weighted mean cross-entropy of `scale * (logits - margin of the true class)`.
 
-    logits_BC: [B, C], any floating dtype. labels_B: [B], integer, each in 0 … C-1.
+    logits_BC: [B, C], any floating dtype. labels_B: [B], integer, each in 0 … C-1 or IGNORED_LABEL.
     class_weights_C, margins_C: [C] or None (ones; zeros); no gradient flows to them.
     Returns a scalar in fp32 (fp64 for fp64 logits).
     """
@@ -90,6 +93,8 @@ class _TorchCrossEntropy(torch.autograd.Function):
         scale: float,
         with_gradient: bool,
     ) -> Tensor:
+        is_counted_B = labels_B != IGNORED_LABEL
+        labels_B = labels_B.where(is_counted_B, 0)
         labels_B1 = labels_B[:, None]
         # `copy`: the in-place steps below must not touch the caller's logits.
         z_BC = logits_BC.detach().to(_loss_dtype(logits_BC), copy=True)
@@ -98,11 +103,10 @@ class _TorchCrossEntropy(torch.autograd.Function):
         log_probabilities_BC = torch.log_softmax(z_BC.mul_(scale), dim=1)
         negative_log_likelihood_B = -log_probabilities_BC.gather(1, labels_B1)[:, 0]
 
-        if class_weights_C is None:
-            shares_B = torch.full_like(negative_log_likelihood_B, 1.0 / max(1, len(labels_B)))
-        else:
-            weights_B = class_weights_C.to(z_BC.dtype)[labels_B]
-            shares_B = weights_B / weights_B.sum()
+        weights_B = is_counted_B.to(z_BC.dtype)
+        if class_weights_C is not None:
+            weights_B *= class_weights_C.to(z_BC.dtype)[labels_B]
+        shares_B = weights_B / weights_B.sum()
         loss = torch.dot(shares_B, negative_log_likelihood_B)
 
         if with_gradient:
@@ -226,6 +230,7 @@ def _forward(
             num_rows,
             num_classes,
             scale,
+            IGNORED=IGNORED_LABEL,
             WITH_GRADIENT=with_gradient,
             BLOCK_R=block_rows,
             BLOCK_C=block_width,
@@ -258,6 +263,7 @@ def _forward_kernel(
     num_rows: int,
     C: tl.constexpr,
     scale: float,
+    IGNORED: tl.constexpr,
     WITH_GRADIENT: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -283,6 +289,7 @@ def _forward_kernel(
     nll_R = tl.log(sums_R) - tl.sum(tl.where(is_label_RC, shifted_RC, 0.0), axis=1)
 
     weights_R = tl.where(is_known_R, 1.0, float("nan"))
+    weights_R = tl.where(labels_R == IGNORED, 0.0, weights_R)
     if class_weights_C is not None:
         read_R = tl.load(class_weights_C + labels_R, mask=is_known_R, other=0.0).to(tl.float32)
         weights_R *= read_R

@@ -424,6 +424,8 @@ def test_a_bad_setting_is_one_sentence_and_exit_code_2(
     monkeypatch.setattr("twostage.kernels._INTERPRETED", False)  # as it is outside of tests
     on_cpu = (*command, "--device", "cpu", "--kernels", "triton")
     fails(capsys, 2, "the Triton kernels need a CUDA GPU, and the device is cpu", *on_cpu)
+    fails(capsys, 2, "graphs need kernels 'triton'; they are 'auto'", *command, "--graphs")
+    fails(capsys, 2, "exclude each other", *command, "--cache-trunk", "--share-trunk")
     fails(capsys, 2, "threads is 0", *command, "--threads", "0")
     blocked = tmp_path / "file"
     blocked.touch()

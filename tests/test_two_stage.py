@@ -283,6 +283,31 @@ def test_the_trunk_is_cached_once_for_all_seeds_and_epochs_and_without_dropout(
         assert not np.array_equal(one.logits_NC, other.logits_NC)
 
 
+def test_the_trunk_is_shared_by_all_seeds_with_new_masks_in_each_epoch(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[torch.Tensor] = []
+    original = trunk.compute_features
+
+    def spy(*arguments: object) -> trunk.Features:
+        features = original(*arguments)  # type: ignore[arg-type]
+        computed.append(features.hidden_ED)
+        return features
+
+    monkeypatch.setattr(trunk, "compute_features", spy)
+    rates = {"learning_rate_stage_1": 1e-2, "learning_rate_stage_2": 1e-2}
+    recipe = replace(RECIPE, epochs_stage_1=3, share_trunk=True, **rates)
+    shared = run(tiny, recipe)
+    assert len(computed) == 3, "not once more for the second seed"
+    assert not torch.equal(computed[0], computed[1])
+    one_seed = recipe.seeds[1]
+    alone = run(tiny, replace(recipe, seeds=(one_seed,)))
+    np.testing.assert_array_equal(shared.seeds[1].logits_NC, alone.seeds[0].logits_NC)
+    others = run(tiny, replace(recipe, share_trunk=False))
+    for one, other in zip(shared.seeds, others.seeds, strict=True):
+        assert not np.array_equal(one.logits_NC, other.logits_NC)
+
+
 def test_columns_of_a_data_frame_serve_as_data(tiny: Path) -> None:
     frame = pd.DataFrame({"text": TEXTS, "label": [1, 1, 1, 0, 0]}).sample(frac=1, random_state=1)
     result = train_two_stage(

@@ -269,6 +269,7 @@ def _add_train(commands: "_Commands[argparse.ArgumentParser]") -> None:
     add("--sampler", default="random", help="random, class-balanced (stage 1) or token-budget")
     _add_machine(parser)
     add("--kernels", default="auto", help="auto (at present torch), torch, or triton (CUDA GPUs)")
+    add("--graphs", action="store_true", help="whole steps as CUDA graphs; with --kernels triton")
     _add_encoding(parser)
     add("--save-models", action="store_true", help="keep each seed's model in seed-N/")
     add(
@@ -281,6 +282,12 @@ def _add_train(commands: "_Commands[argparse.ArgumentParser]") -> None:
         action="store_true",
         help="compute what is frozen in stage 1 once for all epochs and seeds, without dropout: "
         "faster, but not the published recipe",
+    )
+    add(
+        "--share-trunk",
+        action="store_true",
+        help="compute what is frozen in stage 1 once an epoch for all seeds, with dropout: faster "
+        "from two seeds on, but the seeds have these masks in common",
     )
     parser.set_defaults(run=_train)
 
@@ -461,10 +468,12 @@ def _train(options: argparse.Namespace) -> None:
         device=options.device,
         kernels=options.kernels,
         upstream_schedule=options.upstream_schedule,
+        graphs=options.graphs,
         cache_trunk=options.cache_trunk,
+        share_trunk=options.share_trunk,
     )
     # What the settings and the data have wrong is said before a model is downloaded.
-    check_kernels(recipe.kernels, choose_device(recipe.device))
+    check_kernels(recipe.kernels, recipe.graphs, choose_device(recipe.device))
     data = read_data(options.data_path, recipe, options.encoding)
     result = run_experiment(
         find_model(options.model, show_progress=True),

@@ -53,6 +53,8 @@ class Recipe:
     """`fp32`, `bf16`, `fp16`, or `auto`: bf16 where the device multiplies it natively."""
     kernels: str = "auto"
     """`torch`, `triton` (on a CUDA GPU), or `auto`: what is known to be faster; so far, torch."""
+    graphs: bool = False
+    """Take whole steps as CUDA graphs; needs kernels `triton` and a CUDA GPU."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:n`, or `auto`: a GPU if there is one."""
     upstream_schedule: bool = False
@@ -62,12 +64,18 @@ class Recipe:
     """Compute the layers that are frozen in stage 1 once for all epochs and seeds, without dropout:
     an approximation of the recipe, which draws new masks there too. Nothing changes where no layer
     but the last is frozen."""
+    share_trunk: bool = False
+    """Compute the layers that are frozen in stage 1 once an epoch for all seeds, with dropout. Each
+    seed sees what it would alone, but all see the same masks there, and so do, with the sampler
+    `class-balanced`, all draws of a text in an epoch. Takes memory for every epoch."""
 
     def __post_init__(self) -> None:
         _check_choice("method", self.method, METHODS)
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("precision", self.precision, ("auto", *PRECISIONS))
         _check_choice("kernels", self.kernels, IMPLS)
+        if self.cache_trunk and self.share_trunk:
+            raise UsageError("cache_trunk and share_trunk exclude each other: choose one")
         if self.loss is not None:
             _check_choice("loss", self.loss, LOSSES)
         if self.class_weights is not None:
@@ -112,6 +120,7 @@ class Recipe:
             sampler=self.sampler,
             dtype=dtype,
             impl=self.kernels,
+            graphs=self.graphs,
             schedule_steps=upstream_steps if self.upstream_schedule else None,
         )
 
@@ -124,6 +133,7 @@ class Recipe:
             sampler="random" if balanced_before else self.sampler,
             dtype=dtype,
             impl=self.kernels,
+            graphs=self.graphs,
         )
 
     def stage_1_loss(self, class_counts_C: list[int], device: torch.device) -> Loss:

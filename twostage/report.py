@@ -50,11 +50,12 @@ def describe_run(train: Table, test: Table, augmented: Table | None, recipe: Rec
 
 
 def describe_arithmetic(recipe: Recipe) -> str:
-    """`bf16 on cpu`, or `bf16 on cuda by Triton kernels`."""
+    """`bf16 on cpu`, or `bf16 on cuda by Triton kernels in graphs`."""
     device = choose_device(recipe.device)
     dtype = choose_precision(recipe.precision, device)
     (name,) = (name for name, known in PRECISIONS.items() if known == dtype)
-    return f"{name} on {device}{' by Triton kernels' if recipe.kernels == 'triton' else ''}"
+    kernels = " by Triton kernels" if recipe.kernels == "triton" else ""
+    return f"{name} on {device}{kernels}{' in graphs' if recipe.graphs else ''}"
 
 
 def describe_last_seed(result: Result) -> str:

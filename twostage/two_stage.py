@@ -91,8 +91,8 @@ class Datasets:
     """`train` itself (`reweight`) or the augmented data (`augment`)."""
     test: StageData
     num_classes: int
-    stage_1_features: Features | None = None
-    """Of the texts of `stage_1`, where the recipe asks for `cache_trunk`."""
+    stage_1_features: Sequence[Features] = ()
+    """Of the texts of `stage_1`, where the recipe asks for `cache_trunk` or `share_trunk`."""
 
 
 def train_one_seed(
@@ -137,12 +137,13 @@ def train_one_seed(
 
 def compute_stage_1_features(
     checkpoint: Checkpoint, data: Datasets, recipe: Recipe, device: torch.device
-) -> Features | None:
-    """What stage 1 leaves frozen is the same for all seeds: compute its output once."""
+) -> Sequence[Features]:
+    """What stage 1 leaves frozen is the same for all seeds: compute its output once for them."""
     model = build_model(checkpoint, data.num_classes, torch.Generator()).to(device)
     freeze_below_top(model, recipe.stage_1_layers)
     dtype = choose_precision(recipe.precision, device)
-    return cache_features(model, data.stage_1.store, dtype, recipe.kernels)
+    num_epochs = recipe.epochs_stage_1 if recipe.share_trunk else None
+    return cache_features(model, data.stage_1.store, dtype, recipe.kernels, num_epochs)
 
 
 def freeze_below_top(model: BertClassifier, num_layers: int) -> None:
@@ -179,7 +180,7 @@ def train_two_stage(
     """
     recipe = recipe or Recipe()
     device = choose_device(recipe.device)
-    check_kernels(recipe.kernels, device)
+    check_kernels(recipe.kernels, recipe.graphs, device)
     tables = [_as_table(train, "train data"), _as_table(test, "test data")]
     if recipe.needs_augmented:
         if augmented is None:
@@ -207,7 +208,7 @@ def train_two_stage(
     ]
     train_data, test_data, *more = map(StageData, stores, labels)
     data = Datasets(train_data, more[0] if more else train_data, test_data, len(classes))
-    if recipe.cache_trunk and recipe.has_stage_1:
+    if recipe.has_stage_1 and (recipe.cache_trunk or recipe.share_trunk):
         features = compute_stage_1_features(checkpoint, data, recipe, device)
         data = replace(data, stage_1_features=features)
 

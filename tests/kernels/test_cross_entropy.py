@@ -93,6 +93,25 @@ def test_error_against_float64_is_at_most_twice_that_of_the_reference(
         assert (ours - true).norm() <= 2 * (plain - true).norm() + floor
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_rows_that_are_to_be_ignored_are_left_out_as_torch_does(
+    device: torch.device, weighted: bool, impl: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 3, generator=generator).to(device)
+    labels = torch.tensor([0, -100, 2, 1, -100, 2], device=device)
+    weights = torch.tensor([0.2, 1.0, 3.0], device=device) if weighted else None
+    ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+    loss = fused_cross_entropy(ours, labels, weights, torch.zeros(3, device=device), impl=impl)
+    expected = F.cross_entropy(theirs, labels, weights)
+    torch.testing.assert_close(loss, expected)
+    loss.backward()
+    expected.backward()
+    torch.testing.assert_close(ours.grad, theirs.grad)
+    assert not ours.grad[labels < 0].any()
+
+
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("with_margin", [False, True])
 def test_gradcheck(weighted: bool, with_margin: bool) -> None:

@@ -70,7 +70,7 @@ def test_the_trunk_drops_the_same_in_any_window(
         masks = seed_masks(where, 4, first_draw, first_draw, torch.Generator(), "triton")
         found = compute_features(model, STORE, rows, num_layers, masks)
         texts = found.store.ids.split(found.store.lengths.tolist())
-        return [found.hidden_TD[text.long()] for text in texts]
+        return [found.hidden_ED[text.long()] for text in texts]
 
     whole = features(rows, 10)
     parts = [*features(rows[:2], 10), *features(rows[2:3], 12), *features(rows[3:], 13)]

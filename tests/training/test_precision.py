@@ -33,7 +33,8 @@ def step(
 ) -> None:
     """One of AdamW: at first, of every weight with a gradient, by the learning rate."""
     moments = moments or make_moments(work.weights_P)
-    update_weights(work, gradients_P, moments, rate, torch.ones(()), torch.zeros(()))
+    learning_rate = torch.tensor(rate, dtype=torch.float64)
+    update_weights(work, gradients_P, moments, learning_rate, torch.ones(()), torch.zeros(()))
 
 
 def shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -174,17 +175,35 @@ def test_precision_names() -> None:
         choose_precision("int8", cpu)
 
 
+def test_gradients_copied_all_at_once_are_those_copied_one_by_one(model: BertClassifier) -> None:
+    """The one is the way on a GPU, the other on a CPU."""
+    with WorkingCopy(model, torch.bfloat16) as work:
+        work.model.bert.embeddings.word.sparse = False
+        found = []
+        for at_once in (False, True, True):
+            work._copies_at_once = at_once
+            run(work.model).square().sum().backward()
+            found.append(work.take_gradients().clone())
+    assert found[0].any()
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
 def test_kernels_that_cannot_run_are_refused_in_a_sentence(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cpu = torch.device("cpu")
     for impl in ("auto", "torch"):
-        check_kernels(impl, cpu)
+        check_kernels(impl, False, cpu)
     with pytest.raises(UsageError, match="kernels are 'cuda'; expected one of auto, torch, triton"):
-        check_kernels("cuda", cpu)
+        check_kernels("cuda", False, cpu)
+    with pytest.raises(UsageError, match="graphs need kernels 'triton'; they are 'auto'"):
+        check_kernels("auto", True, cpu)
+    with pytest.raises(UsageError, match="graphs need a CUDA GPU, and the device is cpu"):
+        check_kernels("triton", True, cpu)
     monkeypatch.setattr("twostage.kernels._INTERPRETED", False)
     with pytest.raises(UsageError, match="need a CUDA GPU, and the device is cpu; leave"):
-        check_kernels("triton", cpu)
+        check_kernels("triton", False, cpu)
     monkeypatch.setattr("twostage.kernels.triton", None)
     with pytest.raises(UsageError, match="Triton is not installed here"):
-        check_kernels("triton", torch.device("cuda"))
+        check_kernels("triton", False, torch.device("cuda"))

@@ -23,7 +23,7 @@ from twostage.training.masks import Masks
 from twostage.training.optim import linear_decay
 from twostage.training.stage import StageData, StageSettings, train_stage
 from twostage.training.state import TrainingState
-from twostage.training.trunk import cache_features, compute_features
+from twostage.training.trunk import FrozenTrunk, cache_features, compute_features
 from twostage.two_stage import freeze_below_top
 
 EPOCHS, RATE, BATCH = 2, 2e-3, 8
@@ -202,7 +202,7 @@ def test_a_text_drawn_twice_has_two_masks_and_the_same_seed_draws_them_again(
             masks = Masks(torch.Generator().manual_seed(seed), key=None, first_draw=0)
         computed = compute_features(model, data.store, np.array(rows), 2, masks)
         offsets = computed.store.offsets
-        return [computed.hidden_TD[computed.store.ids[a:b].long()] for a, b in pairwise(offsets)]
+        return [computed.hidden_ED[computed.store.ids[a:b].long()] for a, b in pairwise(offsets)]
 
     first, second, other = features([3, 3, 9], seed=1)
     assert first.shape == second.shape
@@ -224,7 +224,7 @@ def test_features_with_dropout_average_to_what_the_layers_give_text_by_text(
     generator = torch.Generator().manual_seed(1)
     masks = Masks(torch.Generator().manual_seed(2), key, first_draw=70)
     computed = compute_features(model, data.store, rows, 2, masks)
-    streamed_NTD = computed.hidden_TD[computed.store.ids.long()].view(4_000, alone.num_tokens, -1)
+    streamed_NTD = computed.hidden_ED[computed.store.ids.long()].view(4_000, alone.num_tokens, -1)
     inputs = (alone.input_ids_T, alone.position_ids_T, alone.layout)
     with torch.no_grad():
         draws = [model.bert(*inputs, num_layers=2, randomness=generator) for _ in range(4_000)]
@@ -243,7 +243,7 @@ def test_cached_features_train_as_the_recipe_does_without_dropout(
     for cached in (False, True):
         model = make_model(tiny_checkpoint, 1)
         freeze_below_top(model, num_layers)
-        features = cache_features(model, data.store, torch.float32) if cached else None
+        features = cache_features(model, data.store, torch.float32) if cached else ()
         seen: list[float] = []
         train_stage(
             TrainingState(7, model),
@@ -257,12 +257,29 @@ def test_cached_features_train_as_the_recipe_does_without_dropout(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_shared_features_are_drawn_anew_for_each_epoch_and_given_to_its_steps(
+    tiny_checkpoint: Checkpoint, data: StageData, impl: str
+) -> None:
+    model = make_model(tiny_checkpoint, 1, dropout=0.3)
+    few = TokenStore(data.store.ids[: data.store.offsets[2]], data.store.offsets[:3])
+    first, second, *_ = epochs = cache_features(model, few, torch.float32, impl, num_epochs=3)
+    assert not torch.equal(first.hidden_ED, second.hidden_ED)
+    feed = FrozenTrunk(model, few, first.num_layers, epochs, impl)
+    for epoch in (0, 1, 2):
+        state = TrainingState(7, model, epoch=epoch, batch=0, step=epoch)
+        hidden_TD, batch = feed.take_batch(state, [np.array([1])])
+        theirs = epochs[epoch]
+        rows = theirs.store.ids[theirs.store.offsets[1] :].long()
+        torch.testing.assert_close(hidden_TD[: batch.num_tokens], theirs.hidden_ED[rows])
+
+
 def test_nothing_is_cached_where_nothing_is_frozen(
     tiny_checkpoint: Checkpoint, data: StageData
 ) -> None:
     model = make_model(tiny_checkpoint, 1)
     freeze_below_top(model, 3)
-    assert cache_features(model, data.store, torch.float32) is None
+    assert cache_features(model, data.store, torch.float32) == []
 
 
 def test_a_step_of_stage_1_can_be_replayed_alone(

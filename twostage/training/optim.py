@@ -38,7 +38,7 @@ def update_weights(
     work: WorkingCopy,
     gradients_P: Tensor,
     moments: Moments,
-    learning_rate: float,
+    learning_rate: Tensor,
     divisor: Tensor,
     skip: Tensor,
     *,
@@ -47,13 +47,11 @@ def update_weights(
 ) -> None:
     """One step of AdamW on the masters and the rounding of the new weights into the copy.
 
-    gradients_P: from the working copy. divisor, skip: scalars on the device; the gradients are
-    divided by the one, and where the other is 1.0, nothing happens.
+    gradients_P: from the working copy. learning_rate (fp64), divisor, skip: scalars on the device;
+    the gradients are divided by `divisor`, and where `skip` is 1.0, nothing happens.
     """
     assert moments.exp_avg_P.shape == work.weights_P.shape, "moments of another table"
     moments.updates.add_(1.0 - skip)
-    # fp64, as torch takes the rate of its own optimizer from the host.
-    rate = torch.full_like(divisor, learning_rate, dtype=torch.float64)
     border = work.num_unrounded
     for part, rounded_P in ((slice(border), None), (slice(border, None), work.rounded_P)):
         adamw_(
@@ -62,7 +60,7 @@ def update_weights(
             moments.exp_avg_P[part],
             moments.exp_avg_sq_P[part],
             moments.updates,
-            rate,
+            learning_rate,
             divisor,
             skip,
             rounded_P=rounded_P,

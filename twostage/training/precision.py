@@ -61,13 +61,18 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def check_kernels(impl: str, device: torch.device) -> None:
-    """Raise UsageError when the operations (`kernels/__init__.py`) cannot run with this `impl`."""
+def check_kernels(impl: str, graphs: bool, device: torch.device) -> None:
+    """Raise UsageError when the operations (`kernels/__init__.py`) cannot run with this `impl`, or
+    steps not as CUDA graphs where these are asked for."""
     if impl not in IMPLS:
         raise UsageError(f"kernels are '{impl}'; expected one of {', '.join(IMPLS)}")
     problem = triton_problem(device) if impl == "triton" else None
     if problem is not None:
         raise UsageError(f"kernels are 'triton', but {problem}; leave the choice to auto")
+    if graphs and impl != "triton":
+        raise UsageError(f"graphs need kernels 'triton'; they are '{impl}'")
+    if graphs and device.type != "cuda":
+        raise UsageError(f"graphs need a CUDA GPU, and the device is {device}")
 
 
 class WorkingCopy:
@@ -123,7 +128,10 @@ class WorkingCopy:
             twin.register_post_accumulate_grad_hook(partial(self._collect, master))
             for master, twin in zip(self.masters, twins, strict=True)
         ]
-        self._arrived = 0
+        self._arrived: list[tuple[Tensor, Tensor]] = []  # (where it is to be, the gradient)
+        self._num_arrived = 0
+        # On a CPU a gradient is copied while it is in the cache; a GPU takes many at one launch.
+        self._copies_at_once = model.device.type == "cuda"
 
     def __enter__(self) -> "WorkingCopy":
         return self
@@ -138,20 +146,25 @@ class WorkingCopy:
 
     def take_gradients(self) -> Tensor:
         """The gradients of the last backward, end to end: [P] fp32, the same memory each time."""
-        assert self._arrived == len(self.masters), "every trained parameter takes part in the loss"
-        self._arrived = 0
+        assert self._num_arrived == len(self.masters), "every trained parameter has a gradient"
+        for dtype in dict.fromkeys(gradient.dtype for _, gradient in self._arrived):
+            pairs = [pair for pair in self._arrived if pair[1].dtype == dtype]
+            torch._foreach_copy_([pair[0] for pair in pairs], [pair[1] for pair in pairs])
+        self._arrived, self._num_arrived = [], 0
         return self._gradients_P
 
     def _collect(self, master: Tensor, twin: Tensor) -> None:
-        """Called in backward as soon as the twin's gradient is there, while it is in the cache."""
+        """Called in backward as soon as the twin's gradient is there."""
         gradient, twin.grad = twin.grad, None
         assert gradient is not None
         assert master.grad is not None
         if gradient.is_sparse:
             master.grad.zero_().index_add_(0, gradient._indices()[0], gradient._values())
+        elif self._copies_at_once:
+            self._arrived.append((master.grad, gradient))
         else:
             master.grad.copy_(gradient)
-        self._arrived += 1
+        self._num_arrived += 1
 
 
 def cast_model(

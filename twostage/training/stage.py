@@ -7,24 +7,27 @@ window (`trunk.py`): a stage can be left and re-entered between any two steps wi
 bit of the outcome.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from itertools import chain
 from time import perf_counter
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.packing import TokenStore, pack, renumber_tokens, send
+from ..data.packing import TokenStore, renumber_tokens
 from ..data.samplers import epoch_batches
 from ..errors import NonFiniteError
 from ..progress import progress_bar
+from .graphs import StepGraphs
+from .inputs import Feed, StepInputs
 from .loss_scale import make_loss_scale
 from .losses import Loss
-from .masks import seed_masks
 from .optim import clip_divisor, linear_decay, make_moments, update_weights
 from .precision import WorkingCopy
-from .state import DROPOUT_STREAM, TrainingState
+from .state import TrainingState
 from .trunk import Features, FrozenTrunk, count_frozen_layers
 
 
@@ -65,8 +68,14 @@ class StageSettings:
     """Precision of forward and backward; the weights that are trained stay fp32."""
     impl: str = "auto"
     """Of the model's operations and the optimizer's; one of `kernels.IMPLS`."""
+    graphs: bool = False
+    """Whether steps are taken as CUDA graphs where that can be (`graphs.py`); with impl `triton`
+    only. On a CPU they run as they come."""
     schedule_steps: int | None = None
     """Steps until the learning rate reaches 0; None: the stage's own number of steps."""
+
+    def __post_init__(self) -> None:
+        assert not self.graphs or self.impl == "triton", "only these kernels' shapes are few"
 
 
 @dataclass(frozen=True)
@@ -85,6 +94,8 @@ class StepReport:
     """Of the last step, before clipping."""
     learning_rate: float
     examples_per_second: float
+    capture_seconds: float = 0.0
+    """Spent on recording CUDA graphs so far in this stage."""
 
 
 REPORT_EVERY = 10
@@ -97,22 +108,20 @@ def train_stage(
     loss_function: Loss,
     settings: StageSettings,
     *,
-    features: Features | None = None,
+    features: Sequence[Features] = (),
     on_report: Callable[[StepReport], None] | None = None,
     show_progress: bool = False,
 ) -> None:
     """Train `state.model` from where `state` stands to the end of the stage, in place.
 
     The model is up to date when this returns or raises; on the way its word embeddings are not.
-    features: of all texts of `data` after the layers that are frozen, if they are to be the same in
-    all epochs; None: computed as they are needed, with dropout (`trunk.py`).
+    features: of all texts of `data` after the layers that are frozen, for each epoch or, if it is
+    only one, for all; none: computed as they are needed, with dropout (`trunk.py`).
     Raises NonFiniteError, naming the step and its rows, when a loss or gradient is not finite;
     `state` then stands before that step.
     """
     model, device = state.model, state.model.device
-    labels_N = torch.from_numpy(data.labels_N)
     lengths_N = data.store.lengths.numpy()
-    generator = torch.Generator(device)
 
     def batches_of(epoch: int) -> list[np.ndarray]:
         order = (state.seed, state.stage)
@@ -125,6 +134,9 @@ def train_stage(
     schedule_steps = settings.schedule_steps or total_steps
     monitor = _Monitor(state, total_steps, device)
 
+    def learning_rate_at(step: int) -> float:
+        return settings.learning_rate * linear_decay(step, schedule_steps)
+
     store, used_tokens_V = data.store, None
     if model.bert.embeddings.word.weight.requires_grad and settings.weight_decay == 0:
         store, used_tokens_V = renumber_tokens(store)
@@ -133,48 +145,66 @@ def train_stage(
     with (
         WorkingCopy(model, settings.dtype, used_tokens_V, settings.impl) as work,
         progress_bar(title, total_steps, "step", show_progress) as bar,
+        ExitStack() as at_the_end,
     ):
         moments = state.moments = state.moments or make_moments(work.weights_P)
         scale = state.loss_scale = state.loss_scale or make_loss_scale(settings.dtype, device)
-        assert features is None or features.num_layers == num_frozen
-        trunk = FrozenTrunk(work.model, store, num_frozen, features, settings.impl)
+        assert all(f.num_layers == num_frozen for f in features)
+        trunk = None
+        if num_frozen:
+            trunk = FrozenTrunk(work.model, store, num_frozen, features, settings.impl)
+        feed = Feed(state, store, data.labels_N, trunk, learning_rate_at, settings.impl)
+
+        def take_step(inputs: StepInputs) -> None:
+            """Forward, backward, clipping, update: all on the device, and the host never waits."""
+            if inputs.hidden_TD is None:
+                logits_BC = work.model(
+                    inputs.input_ids_T,
+                    inputs.position_ids_T,
+                    inputs.layout.cu_seqlens,
+                    layout=inputs.layout,
+                    randomness=inputs.randomness,
+                )
+            else:
+                logits_BC = work.model.classify(
+                    inputs.hidden_TD, inputs.layout, num_frozen, inputs.randomness
+                )
+            loss = loss_function(logits_BC, inputs.labels_B)
+            (loss * scale.factor).backward()
+
+            gradients_P = work.take_gradients()
+            grad_norm, divisor = clip_divisor(gradients_P, settings.max_grad_norm, scale.factor)
+            skip = monitor.watch(loss, grad_norm, scale.update(grad_norm))
+            update_weights(
+                work,
+                gradients_P,
+                moments,
+                inputs.learning_rate,
+                divisor,
+                skip,
+                weight_decay=settings.weight_decay,
+                impl=settings.impl,
+            )
+
+        graphs = None
+        if settings.graphs:
+            all_batches = chain.from_iterable(map(batches_of, range(settings.epochs)))
+            graphs = StepGraphs(take_step, all_batches, lengths_N, learning_rate_at, device)
+            at_the_end.callback(graphs.close)
+
         bar.update(state.step)
         while state.epoch < settings.epochs:
             batches = batches_of(state.epoch)
-            draws_before = np.cumsum([0, *map(len, batches)])
+            feed.begin_epoch(batches)
             while state.batch < len(batches):
-                rows_B = torch.from_numpy(batches[state.batch])
-                first_draw = int(draws_before[state.batch])
-                masks = seed_masks(
-                    state, DROPOUT_STREAM, state.step, first_draw, generator, settings.impl
-                )
-
-                if num_frozen:
-                    hidden_TD, batch = trunk.take_batch(state, batches)
-                    logits_BC = work.model.classify(
-                        hidden_TD, batch.layout, num_frozen, masks.of_batch(batch)
-                    )
+                rows_B = batches[state.batch]
+                bucket = None if graphs is None else graphs.find_bucket(rows_B)
+                if graphs is None or bucket is None:
+                    take_step(feed.step_inputs())
                 else:
-                    batch = pack(store, rows_B, device)
-                    logits_BC = work.model(**batch.inputs(), randomness=masks.of_batch(batch))
-                loss = loss_function(logits_BC, send(labels_N[rows_B], device))
-                (loss * scale.factor).backward()
+                    graphs.replay(bucket, state.step, feed.run)
 
-                gradients_P = work.take_gradients()
-                grad_norm, divisor = clip_divisor(gradients_P, settings.max_grad_norm, scale.factor)
-                skip = monitor.watch(loss, grad_norm, scale.update(grad_norm))
-                learning_rate = settings.learning_rate * linear_decay(state.step, schedule_steps)
-                update_weights(
-                    work,
-                    gradients_P,
-                    moments,
-                    learning_rate,
-                    divisor,
-                    skip,
-                    weight_decay=settings.weight_decay,
-                    impl=settings.impl,
-                )
-
+                learning_rate = learning_rate_at(state.step)
                 state.batch += 1
                 state.step += 1
                 bar.update(1)
@@ -185,6 +215,8 @@ def train_stage(
                     raise NonFiniteError(_describe_bad_step(state, rows))
                 report = monitor.report(len(rows_B), learning_rate)
                 if report is not None:
+                    if graphs is not None:
+                        report = replace(report, capture_seconds=graphs.capture_seconds)
                     bar.set_postfix_str(
                         f"loss {report.loss:.4f}, {report.examples_per_second:.0f} examples/s"
                     )
@@ -220,10 +252,12 @@ class _Monitor:
 
         hopeless: of `LossScale.update`.
         """
+        # In place: a CUDA graph adds to the same memory at every replay.
         loss = loss.detach()
-        self.loss_sum = self.loss_sum + loss
-        self.grad_norm = grad_norm
-        self.bad = torch.maximum(self.bad, torch.maximum(hopeless, (~torch.isfinite(loss)).float()))
+        self.loss_sum += loss
+        self.grad_norm.copy_(grad_norm)
+        is_bad = torch.maximum(hopeless, (~torch.isfinite(loss)).float())
+        torch.maximum(self.bad, is_bad, out=self.bad)
         self.finite_steps += 1.0 - self.bad
         return torch.maximum(self.bad, (~torch.isfinite(grad_norm)).float())
 
@@ -253,7 +287,7 @@ class _Monitor:
             learning_rate=learning_rate,
             examples_per_second=self.examples / seconds,
         )
-        self.loss_sum = torch.zeros_like(self.loss_sum)
+        self.loss_sum.zero_()
         self.steps = self.examples = 0
         self.began = perf_counter()
         return report

@@ -43,6 +43,7 @@ class TrainingState:
 
 # The first number of a derived seed: what it is for.
 HEAD_STREAM, DROPOUT_STREAM, TRUNK_STREAM, COUNTER_STREAM = 1, 2, 4, 5  # 3: samplers
+SHARED_TRUNK_STREAM = 6
 
 
 def derive_seed(*numbers: int) -> int:

@@ -11,7 +11,7 @@ A window, the steps whose features are computed together, is a function of the e
 its masks of (seed, stage, first step of the window): a stage that is left and re-entered
 anywhere computes the same features again.
 
-Shapes: N texts, T tokens, D hidden, B texts of a step.
+Shapes: N texts, E tokens of all of them, T tokens and B texts of a step, D hidden.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ from ..model.bert import BertClassifier
 from .evaluation import tokens_at_once
 from .masks import Masks, seed_masks
 from .precision import cast_model
-from .state import TRUNK_STREAM, TrainingState
+from .state import SHARED_TRUNK_STREAM, TRUNK_STREAM, TrainingState
 
 WINDOW_TOKENS = 32_768
 """Tokens of a window: memory for this many hidden states is all that the trunk holds."""
@@ -37,10 +37,10 @@ WINDOW_TOKENS = 32_768
 class Features:
     """Hidden states of N texts after the trunk."""
 
-    hidden_TD: Tensor
-    """In the precision of the model that computed them."""
+    hidden_ED: Tensor
+    """In the precision of the model that computed them; there may be more rows than tokens."""
     store: TokenStore
-    """Of the N texts; a token's id is its row of `hidden_TD`."""
+    """Of the N texts; a token's id is its row of `hidden_ED`."""
     num_layers: int
     """Of the trunk."""
 
@@ -62,17 +62,19 @@ def compute_features(
     rows_N: np.ndarray,
     num_layers: int,
     masks: Masks | None = None,
+    hidden_ED: Tensor | None = None,
 ) -> Features:
     """Features of the texts `rows_N` of the store, in that order; a row may come repeatedly.
 
-    masks: turns dropout on.
+    masks: turns dropout on. hidden_ED: where to put the hidden states, if there are rows enough.
     """
     lengths_N = store.lengths[torch.from_numpy(rows_N)]
     offsets = torch.cat([lengths_N.new_zeros(1), lengths_N.cumsum(0)])
     num_tokens = int(offsets[-1])
     first_row_N = torch.empty_like(lengths_N)
     weight = model.bert.pooler.weight
-    hidden_TD = weight.new_empty(num_tokens, weight.shape[1])
+    if hidden_ED is None or len(hidden_ED) < num_tokens:
+        hidden_ED = weight.new_zeros(num_tokens, weight.shape[1])
     done = 0
     for texts in length_sorted_batches(lengths_N.numpy(), tokens_at_once(weight.device)):
         batch = pack(store, torch.from_numpy(rows_N[texts]), weight.device)
@@ -85,26 +87,54 @@ def compute_features(
             num_layers=num_layers,
             randomness=None if masks is None else masks.of_batch(batch, texts),
         )
-        hidden_TD[done : done + batch.num_tokens] = encoded_TD[: batch.num_tokens]
+        hidden_ED[done : done + batch.num_tokens] = encoded_TD[: batch.num_tokens]
         done += batch.num_tokens
     # Token t of text n is at first_row_n + (t - offsets_n).
     shift_N = first_row_N - offsets[:-1]
     ids = torch.arange(num_tokens) + shift_N.repeat_interleave(lengths_N)
-    return Features(hidden_TD, TokenStore(ids.int(), offsets), num_layers)
+    return Features(hidden_ED, TokenStore(ids.int(), offsets), num_layers)
 
 
 def cache_features(
-    model: BertClassifier, store: TokenStore, dtype: torch.dtype, impl: str = "auto"
-) -> Features | None:
-    """Features of every text of the store, by row, without dropout; None without frozen layers.
+    model: BertClassifier,
+    store: TokenStore,
+    dtype: torch.dtype,
+    impl: str = "auto",
+    num_epochs: int | None = None,
+) -> list[Features]:
+    """Features of every text of the store, by row, to be used by several seeds.
 
-    They take 2·D bytes a token in bf16, as long as they are kept. impl: of the operations.
+    num_epochs: one for each epoch, each with masks of its own; None: one without dropout, for all
+    epochs. impl: of the operations. Empty where nothing is frozen. Each takes 2·D bytes a token in
+    bf16, as long as it is kept.
     """
     num_layers = count_frozen_layers(model)
     if num_layers == 0:
-        return None
+        return []
     work = cast_model(model.bert.config, dict(model.named_parameters()), dtype, impl)
-    return compute_features(work, store, np.arange(len(store)), num_layers)
+    rows_N = np.arange(len(store))
+    if num_epochs is None:
+        return [compute_features(work, store, rows_N, num_layers)]
+    # Of no seed, so that a seed's result does not depend on which others share them.
+    state, generator = TrainingState(0, model), torch.Generator(model.device)
+    found = []
+    for state.epoch in range(num_epochs):
+        masks = seed_masks(state, SHARED_TRUNK_STREAM, state.epoch, 0, generator, impl)
+        found.append(compute_features(work, store, rows_N, num_layers, masks))
+    return found
+
+
+@dataclass(frozen=True)
+class Window:
+    """Steps that share their features."""
+
+    first_step: int
+    """Of the stage."""
+    features: Features
+    batches: list[np.ndarray]
+    """Of each step, the rows of its texts in `features.store`."""
+    first_draw: int
+    """Texts that the epoch had drawn before the window's."""
 
 
 class FrozenTrunk:
@@ -115,52 +145,59 @@ class FrozenTrunk:
         model: BertClassifier,
         store: TokenStore,
         num_layers: int,
-        features: Features | None = None,
+        features: Sequence[Features] = (),
         impl: str = "auto",
     ) -> None:
-        """features: of every text of the store, by row. impl: of the model's operations."""
+        """features: of every text of the store, by row, for each epoch or, if it is only one, for
+        all. impl: of the model's operations."""
         self.model, self.store, self.num_layers, self.impl = model, store, num_layers, impl
-        self._all_features = features
+        self._given = features
         self._epoch = -1
-        self._windows: list[np.ndarray] = []  # the epoch's batches, by their numbers
-        self._window: Features | None = None
-        self._steps = range(0)  # the window's
-        self._draws: list[Tensor] = []  # the texts of each step, numbered within the window
+        self._cuts: list[np.ndarray] = []  # the epoch's windows: the numbers of their batches
+        self._hidden_ED: Tensor | None = None  # all windows', one after the other
+        self._window: Window | None = None
 
     def take_batch(
         self, state: TrainingState, batches: Sequence[np.ndarray]
     ) -> tuple[Tensor, PackedBatch]:
         """Features of batch `state.batch` of the epoch, [T, D], and the batch itself."""
-        if self._all_features is not None:
-            features, rows_B = self._all_features, torch.from_numpy(batches[state.batch])
-        else:
-            features, rows_B = self._features_of(state, batches)
-        batch = pack(features.store, rows_B, features.hidden_TD.device)
-        return features.hidden_TD.index_select(0, batch.input_ids_T), batch
+        window = self.find_window(state, batches)
+        rows_B = torch.from_numpy(window.batches[state.step - window.first_step])
+        features = window.features
+        batch = pack(features.store, rows_B, features.hidden_ED.device)
+        return features.hidden_ED.index_select(0, batch.input_ids_T), batch
 
-    def _features_of(
-        self, state: TrainingState, batches: Sequence[np.ndarray]
-    ) -> tuple[Features, Tensor]:
-        """The window that has the texts of batch `state.batch`, and their rows in it, [B]."""
-        if self._window is None or state.step not in self._steps:
-            self._window = None  # freed before the next is made
-            if state.epoch != self._epoch:
-                self._epoch, self._windows = state.epoch, self._cut_windows(batches)
-            window = next(window for window in self._windows if window[-1] >= state.batch)
-            first = state.step - (state.batch - int(window[0]))
-            self._steps = range(first, first + len(window))
-            rows = [batches[b] for b in window]
-            first_draw = sum(map(len, batches[: window[0]]))
-            generator = torch.Generator(self.model.device)
-            masks = seed_masks(state, TRUNK_STREAM, first, first_draw, generator, self.impl)
-            self._window = compute_features(
-                self.model, self.store, np.concatenate(rows), self.num_layers, masks
-            )
-            self._draws = list(torch.arange(sum(map(len, rows))).split([len(r) for r in rows]))
-        return self._window, self._draws[state.step - self._steps[0]]
+    def find_window(self, state: TrainingState, batches: Sequence[np.ndarray]) -> Window:
+        """The one that has batch `state.batch` of the epoch; where features are given, the epoch.
 
-    def _cut_windows(self, batches: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Runs of consecutive batches that go through the trunk together."""
-        lengths_N = self.store.lengths.numpy()
-        tokens = np.array([lengths_N[rows].sum() for rows in batches])
-        return cut_by_tokens(np.arange(len(batches)), tokens, WINDOW_TOKENS)
+        The next window's hidden states take the place of this one's.
+        """
+        if self._given:
+            features = self._given[state.epoch % len(self._given)]
+            return Window(state.step - state.batch, features, list(batches), 0)
+        window = self._window
+        if window is None or not 0 <= state.step - window.first_step < len(window.batches):
+            window = self._window = self._compute_window(state, batches)
+        return window
+
+    def _compute_window(self, state: TrainingState, batches: Sequence[np.ndarray]) -> Window:
+        tokens = np.array([self.store.lengths.numpy()[rows].sum() for rows in batches])
+        if state.epoch != self._epoch:
+            self._epoch = state.epoch
+            self._cuts = cut_by_tokens(np.arange(len(batches)), tokens, WINDOW_TOKENS)
+        if self._hidden_ED is None:
+            most = max(min(WINDOW_TOKENS, int(tokens.sum())), int(tokens.max()))
+            weight = self.model.bert.pooler.weight
+            self._hidden_ED = weight.new_zeros(most, weight.shape[1])
+        cut = next(cut for cut in self._cuts if cut[-1] >= state.batch)
+        rows = [batches[b] for b in cut]
+        first_step = state.step - (state.batch - int(cut[0]))
+        first_draw = sum(map(len, batches[: cut[0]]))
+        generator = torch.Generator(self.model.device)
+        masks = seed_masks(state, TRUNK_STREAM, first_step, first_draw, generator, self.impl)
+        features = compute_features(
+            self.model, self.store, np.concatenate(rows), self.num_layers, masks, self._hidden_ED
+        )
+        self._hidden_ED = features.hidden_ED
+        ends = np.cumsum([*map(len, rows)])
+        return Window(first_step, features, np.split(np.arange(ends[-1]), ends[:-1]), first_draw)
