@@ -1,17 +1,21 @@
-"""Everything to be learnt from a GPU, in one command, without a network, in under 20 minutes.
+"""Everything to be learnt from a GPU, in one command, without a network, in under 30 minutes.
 
     python benchmarks/gpu_suite.py                      on a machine with a CUDA GPU
-    python benchmarks/gpu_suite.py --parts kernels      one part: each takes under 8 minutes
+    python benchmarks/gpu_suite.py --parts stage-2      one part: each takes under 8 minutes
     python benchmarks/gpu_suite.py --rehearse           all of it on a CPU, with tiny shapes
 
 - `tests`: those that run on every device, and the Triton kernels', compiled where they otherwise
   are interpreted.
 - `kernels`: each Triton kernel's error and speed beside torch's own (`kernel_throughput.py`).
-- `training`: throughput of BERT-base's shape, ours with and without the kernels beside P0, P1, P2,
-  P3 and P4 (`peers.py`), and the profile of a step of ours, with and without.
+- `stage-2`, `stage-1`: throughput of BERT-base's shape at batch 16, 64 and 512, ours without the
+  kernels, with them, and with them in CUDA graphs, beside P0, P1, P2, P3 and P4 (`peers.py`; P5 is
+  P1 and P2 at the larger batches); memory; the time it takes to record the graphs; the profile of
+  a step of ours, of each kind.
+- `seeds`: five seeds of both stages on as many texts as SST-2 has, as long as SST-2's
+  (`several_seeds.py`).
 
-Each part, and in the last two each case, runs in a process of its own: one that fails or takes too
-long is reported, and loses nothing of the others. One JSON and one Markdown file, named by GPU,
+Each part, and in all but the first each case, runs in a process of its own: one that fails or takes
+too long is reported, and loses nothing of the others. One JSON and one Markdown file, named by GPU,
 date and, if not all, parts, are rewritten after every case. The exit code is 0 only if nothing
 failed.
 """
@@ -31,26 +35,44 @@ import torch
 import train_throughput
 from harness import RESULTS, describe_environment, run_child, save
 from kernel_throughput import describe_kernels, make_kernel_jobs, run_kernel_job
+from several_seeds import GPU_RUNS, SST2_TEXTS, describe_seeds, make_seed_jobs, run_seed_jobs
 from train_throughput import describe, describe_place, make_jobs, run_jobs
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("tests", "kernels", "training")
+PARTS = ("tests", "kernels", "stage-2", "stage-1", "seeds")
 TESTS = (
     "tests/test_device.py",
     "tests/test_benchmarks.py::test_the_graphs_of_p4_train_as_its_single_steps_do",
     "tests/kernels",
     "tests/training/test_masks.py",
     "tests/training/test_kernels_in_training.py",
+    "tests/training/test_graphs.py",
 )
 REHEARSED_TESTS = (*TESTS[:2], "tests/kernels/test_gelu.py")
 """The others run among the tests anyway."""
 THROUGHPUT = Path(train_throughput.__file__)
-RUNS = ("ours bf16", "ours bf16, Triton", "P1 bf16", "P4 bf16", "P2 bf16", "P0 fp32")
+RUNS = (
+    "ours bf16",
+    "ours bf16, Triton",
+    "ours bf16, graphs",
+    "P1 bf16",
+    "P4 bf16",
+    "P2 bf16",
+    "P0 fp32",
+)
 """The most telling first, should the time run out."""
 LAST_RUN = "P3 bf16"
 """Compiles for longer than the others take: in one case only, after all of theirs."""
-SECONDS = {"limits": 60.0, "tests": 400.0, "kernels": 400.0, "case": 100.0, "training": 400.0}
-"""What may be taken by the limits, each part, and a run of training."""
+SECONDS = {
+    "limits": 60.0,
+    "tests": 450.0,
+    "kernels": 400.0,
+    "case": 100.0,
+    "stage-2": 450.0,
+    "stage-1": 400.0,
+    "seeds": 300.0,
+}
+"""What may be taken by the limits, each part, and a case of training."""
 
 
 def main() -> int:
@@ -99,11 +121,20 @@ def main() -> int:
         print(job["operation"], flush=True)
         rows = run_kernel_job(job, max(1.0, deadline - perf_counter()))
         keep(kernels=[*record.get("kernels", []), *rows])
-    jobs = plan(options.rehearse) if "training" in parts else []
-    for rows in run_jobs(jobs, slack * SECONDS["training"], slack * SECONDS["case"]):
-        row = rows[-1]
-        print(f"{row['run']}, stage {row['stage']}, batch {row['batch_size']}", flush=True)
-        keep(rows=rows)
+    for part in ("stage-2", "stage-1"):
+        jobs, before = plan(part, options.rehearse) if part in parts else [], record["rows"]
+        for rows in run_jobs(jobs, slack * SECONDS[part], slack * SECONDS["case"]):
+            row = rows[-1]
+            print(f"{row['run']}, stage {row['stage']}, batch {row['batch_size']}", flush=True)
+            keep(rows=[*before, *rows])
+    if "seeds" in parts:
+        print("several seeds", flush=True)
+        what: tuple[Any, ...] = (GPU_RUNS, "bert-base", "", device, SST2_TEXTS, 5)
+        if options.rehearse:
+            what = (GPU_RUNS[:1], "tiny", "", device, 12, 2)
+        jobs = make_seed_jobs(*what)
+        for rows in run_seed_jobs(jobs, slack * SECONDS["seeds"]):
+            keep(seeds=rows)
 
     print(
         f"\n{describe_suite(record)}\n\n{json.dumps(record)}\n\nwritten: {output / name}.md, .json"
@@ -111,23 +142,26 @@ def main() -> int:
     return int(bool(failures(record)))
 
 
-def plan(rehearse: bool) -> list[dict[str, Any]]:
-    """The cases of training, the most telling first."""
+def plan(part: str, rehearse: bool) -> list[dict[str, Any]]:
+    """The cases of a stage, the most telling first."""
+    stage = int(part[-1])
     if rehearse:
         common = {"model": "tiny", "data": "", "device": "cpu", "warmup": 1}
-        jobs = make_jobs(RUNS, (2,), (4,), 12, **common)
         # An interpreter takes its time: the kernels' runs are rehearsed in one stage.
-        jobs += make_jobs((RUNS[0], *RUNS[2:]), (1,), (4,), 12, **common)
-        # All of torch.compile but the code generator, which takes a minute here.
-        jobs += make_jobs((LAST_RUN,), (2,), (4,), 12, compiled_by="aot_eager", **common)
+        runs = RUNS if stage == 2 else (RUNS[0], *RUNS[3:])
+        jobs = make_jobs(runs, (stage,), (4,), 12, **common)
+        jobs = [job | {"steps": 2, "warmup": min(job["warmup"], 3)} for job in jobs]
+        if stage == 2:  # all of torch.compile but the code generator, which takes a minute here
+            jobs += make_jobs((LAST_RUN,), (2,), (4,), 12, compiled_by="aot_eager", **common)
     else:
         common = {"model": "bert-base", "data": "", "device": "cuda", "warmup": 20}
-        jobs = make_jobs(RUNS, (2,), (16,), 1_600, **common)
-        jobs += make_jobs(RUNS, (2,), (64,), 6_400, **common)
-        jobs += make_jobs(RUNS, (1,), (16, 64), 3_200, **common)
-        jobs += make_jobs((LAST_RUN,), (2,), (16,), 1_600, **common)
-    profiles = [job | {"profile": True, "steps": 2 if rehearse else 10} for job in jobs[:2]]
-    return [*jobs[:2], *profiles, *jobs[2:]]
+        jobs = make_jobs(RUNS, (stage,), (16,), 1_600, **common)
+        jobs += make_jobs(RUNS, (stage,), (512,), 6_144, **common)
+        jobs += make_jobs(RUNS, (stage,), (64,), 3_200, **common)
+        if stage == 2:
+            jobs += make_jobs((LAST_RUN,), (2,), (16,), 1_600, **common)
+    profiles = [job | {"profile": True, "steps": 2 if rehearse else 10} for job in jobs[:3]]
+    return [*jobs[:3], *(profiles if stage == 2 else []), *jobs[3:]]
 
 
 def run_tests(rehearse: bool, seconds: float) -> dict[str, Any]:
@@ -164,6 +198,11 @@ def failures(record: dict[str, Any]) -> list[str]:
         for row in record.get("kernels", [])
         if not row.get("close")
     ]
+    failed += [
+        f"{row['run']}, several seeds: {row['error']}"
+        for row in record.get("seeds", [])
+        if "error" in row
+    ]
     return failed + [
         f"{'profile of ' * bool(row.get('profile'))}{row['run']}, stage {row['stage']}, "
         f"batch {row['batch_size']}: {row['error']}"
@@ -183,7 +222,10 @@ def describe_suite(record: dict[str, Any]) -> str:
         parts.append(f"Tests: {lines[-1]}" if passed else f"Tests failed:\n\n```\n{output}\n```")
     if "kernels" in record and "copy_bytes" in record["limits"]:
         parts.append(describe_kernels(record))
-    parts.append(describe(record))
+    if record["rows"]:
+        parts.append(describe(record))
+    if "seeds" in record:
+        parts.append(describe_seeds(record["seeds"]))
     if failed := failures(record):
         parts.append("Failed: " + "; ".join(failed))
     return "\n\n".join(parts)

@@ -60,6 +60,8 @@ class StepClock:
         self.ticks: list[Any] = []
         self.losses: list[torch.Tensor] = []
         self.began = self.warmup_seconds = 0.0
+        self.capture_seconds = 0.0
+        """Of these, spent on recording graphs; for the loop to say."""
 
     def start(self) -> None:
         """The warm-up begins."""

@@ -45,9 +45,11 @@ from torch.nn import functional as F
 from train_throughput import describe_place
 
 from twostage.kernels.adamw import adamw_, reference_adamw_
+from twostage.kernels.attention import packed_attention, packed_layout
 from twostage.kernels.cross_entropy import fused_cross_entropy, reference_cross_entropy
 from twostage.kernels.dropout import DropoutCounters
 from twostage.kernels.embedding import embed_tokens, reference_embed_tokens
+from twostage.kernels.flash_attention import can_flash, flash_attention
 from twostage.kernels.gelu import bias_gelu, reference_bias_gelu
 from twostage.kernels.residual_norm import (
     dropout_residual_norm,
@@ -123,6 +125,8 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     torch.set_float32_matmul_precision("highest")
     rows = []
     for name, dtype in DTYPES.items():
+        if job["operation"] == "attention" and name == "fp32" and device.type == "cuda":
+            continue  # its kernels take 16 bits
         for case_of in OPERATIONS[job["operation"]](device):
             rows.append(
                 {"operation": job["operation"], "precision": name}
@@ -297,6 +301,57 @@ def residual_norm_cases(device: torch.device) -> list[CaseOf]:
     return [partial(case_of, *shape) for shape in shapes]
 
 
+def attention_cases(device: torch.device) -> list[CaseOf]:
+    """Torch's way is flash attention, here without dropout, whose seeding no graph can hold; for
+    torch.compile, padded SDPA with dropout."""
+
+    def case_of(
+        texts: int, longest: int, heads: int, width: int, dtype: torch.dtype, seed: int
+    ) -> Case:
+        # The same for every seed: calls differ in their inputs alone.
+        lengths_B = torch.from_numpy(np.random.default_rng(0).integers(3, longest + 1, texts))
+        lengths_B[0] = longest
+        cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths_B.cumsum(0)])
+        layout = packed_layout(cu_seqlens.to(device))
+        tokens = int(cu_seqlens[-1])
+        positions_T = torch.cat([torch.arange(n) for n in lengths_B.tolist()]).int().to(device)
+        draws_T = torch.arange(texts).repeat_interleave(lengths_B).int().to(device)
+        key = torch.tensor([seed + 1], device=device)
+        where = DropoutCounters(key, draws_T, positions_T, torch.Generator(device))
+        is_token_BL = (torch.arange(longest) < lengths_B[:, None]).to(device)
+        rows_T = is_token_BL.flatten().nonzero()[:, 0]
+
+        def ours(qkv_T3D: Tensor, impl: str = "triton") -> Tensor:
+            return packed_attention(qkv_T3D, layout, heads, P, where, 1, impl)
+
+        def padded(qkv_T3D: Tensor) -> Tensor:
+            block = qkv_T3D.new_zeros(texts * longest, 3 * width).index_copy(0, rows_T, qkv_T3D)
+            query, key, value = block.view(texts, longest, 3, heads, -1).permute(2, 0, 3, 1, 4)
+            mask = is_token_BL[:, None, None, :]
+            context = F.scaled_dot_product_attention(query, key, value, mask, P)
+            return context.transpose(1, 2).reshape(texts * longest, width)[rows_T]
+
+        def flash(qkv_T3D: Tensor) -> Tensor:
+            parts, ends = qkv_T3D.chunk(3, dim=1), (layout.cu_seqlens, layout.cu_seqlens)
+            return flash_attention(*parts, ends, (longest, longest), heads, 0.0, None, 1)
+
+        qkv_T3D = draw(device, seed, tokens, 3 * width).to(dtype)
+        size = qkv_T3D.element_size() * tokens * width
+        return Case(
+            f"{texts} texts up to {longest}, {tokens}×{width}",
+            [qkv_T3D],
+            ours,
+            flash if can_flash(qkv_T3D, width // heads) else padded,
+            partial(ours, impl="torch"),
+            forward_bytes=4 * size,
+            backward_bytes=7 * size,
+            to_compile=padded,
+        )
+
+    full = [(16, 32, 12, 768), (16, 64, 12, 768), (512, 50, 12, 768), (256, 128, 12, 768)]
+    return [partial(case_of, *shape) for shape in shapes_on(device, full, (3, 9, 2, 64))]
+
+
 def gelu_cases(device: torch.device) -> list[CaseOf]:
     def case_of(tokens: int, width: int, dtype: torch.dtype, seed: int) -> Case:
         x_TI = draw(device, seed, tokens, width).to(dtype)
@@ -455,6 +510,7 @@ def adamw_cases(device: torch.device) -> list[CaseOf]:
 OPERATIONS: dict[str, Callable[[torch.device], list[CaseOf]]] = {
     "cross-entropy": cross_entropy_cases,
     "residual norm": residual_norm_cases,
+    "attention": attention_cases,
     "bias + GELU": gelu_cases,
     "embedding": embedding_cases,
     "AdamW": adamw_cases,

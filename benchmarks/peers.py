@@ -20,6 +20,7 @@ import math
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -197,8 +198,10 @@ def train_with_graphs(
         }
         for i in starts
     ]
+    began = perf_counter()
     for length in sorted({batch["input_ids"].shape[1] for batch in batches}, reverse=True):
         stepper.prepare(length)
+    clock.capture_seconds = perf_counter() - began if capture else 0.0
     for step, batch in enumerate(batches):
         loss = stepper.run(batch, learning_rate * (1 - step / len(batches)))
         clock.tick(loss)

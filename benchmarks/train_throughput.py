@@ -18,6 +18,10 @@ from the call of `train_stage` on a fresh model to its return, after a run on an
 warms up. A rival gets the texts of the first steps of that epoch, and is timed step by step in both
 stages. `mean loss` is over the same steps for all.
 
+`ours bf16, graphs` takes whole steps as CUDA graphs (`training/graphs.py`). Recording them takes
+the time given as `capture s`; it is in the warm-up, in stage 1 on the clock. On a CPU the same
+steps run as they come.
+
 Under torch.compile the first steps are those that compile. They get more warm-up (`WARM_UP`), so
 the steps on the clock, and those of the mean loss, come a few later. A shape that compiles anew
 after that is on the clock, and memory includes the compiler's. `ours bf16, compiled` is an
@@ -59,9 +63,10 @@ from twostage.assets.data_sets import fetch_demo
 from twostage.data.samplers import random_batches
 from twostage.memory import keep_freed_memory
 from twostage.model.checkpoint import build_model
-from twostage.training.losses import cross_entropy, make_loss
+from twostage.training import stage as stage_module
+from twostage.training.losses import Loss, cross_entropy, make_loss
 from twostage.training.precision import choose_device
-from twostage.training.stage import StageSettings, train_stage
+from twostage.training.stage import Monitor, StageSettings, StepReport, train_stage
 from twostage.training.state import TrainingState
 from twostage.two_stage import freeze_below_top
 
@@ -71,6 +76,7 @@ RUNS = {
     "ours fp32": ("ours", {"bf16": False}),
     "ours bf16": ("ours", {"bf16": True}),
     "ours bf16, Triton": ("ours", {"bf16": True, "impl": "triton"}),
+    "ours bf16, graphs": ("ours", {"bf16": True, "impl": "triton", "graphs": True}),
     "P0 fp32": ("P0", {}),
     "P1 fp32": ("Trainer", {"bf16": False}),
     "P1 bf16": ("Trainer", {"bf16": True}),
@@ -81,7 +87,7 @@ RUNS = {
     "ours bf16, compiled": ("ours", {"bf16": True, "compiled": True}),
 }
 """Name in the table: (loop, its settings)."""
-WARM_UP = {"P3 bf16": 24, "ours bf16, compiled": 24}
+WARM_UP = {"P3 bf16": 24, "ours bf16, compiled": 24, "ours bf16, graphs": 60}
 """Steps before the clock, where these are more than the others have."""
 MEMORY_BATCH_SIZE = 256
 """From here on the question is memory more than speed, and the steps are few."""
@@ -164,9 +170,10 @@ def make_jobs(
             for run in runs:
                 job = {"run": run, "stage": stage, "batch_size": size} | common
                 job["steps"] = max(MIN_STEPS, -(-num_texts // size))
+                warmup = max(job["warmup"], WARM_UP.get(run, 0))
                 if size >= MEMORY_BATCH_SIZE:
-                    job["warmup"] = min(job["warmup"], 4)
-                job["warmup"] = max(job["warmup"], WARM_UP.get(run, 0))
+                    warmup = min(warmup, WARM_UP.get(run, 0) // 4 or 4)
+                job["warmup"] = warmup
                 jobs.append(job)
     return jobs
 
@@ -175,7 +182,8 @@ def cpu_runs(stage: int, batch_size: int) -> list[str]:
     """What is worth its minutes on a CPU."""
     if batch_size >= MEMORY_BATCH_SIZE:
         return ["ours bf16", "P1 bf16", "P2 bf16"] if stage == 2 else []
-    on_gpus = ("P4 bf16", "ours bf16, Triton")  # made for graphs, or compiled for GPUs alone
+    # Made for graphs, or compiled for GPUs alone.
+    on_gpus = ("P4 bf16", "ours bf16, Triton", "ours bf16, graphs")
     runs = [name for name in RUNS if name not in on_gpus]
     if batch_size > 16:
         return [name for name in runs if name not in ("ours fp32", "P1 fp32", *WARM_UP)]
@@ -274,6 +282,7 @@ def time_steps(case: Case) -> dict[str, Any]:
         result["examples_per_second"] = result["tokens_per_second"] / float(mean_length)
     return result | {
         "warmup_seconds": round(clock.warmup_seconds, 2),
+        "capture_seconds": round(clock.capture_seconds, 2),
         "peak_memory_mib": round(memory.read() / 2**20),
         "mean_loss": clock.mean_loss(warmup + 1, warmup + steps),
     }
@@ -300,6 +309,7 @@ def time_whole_stage(case: Case) -> dict[str, Any]:
     lengths = [*map(case.lengths, case.batches)]
     return rate(case, seconds, clock.step_seconds(), lengths) | {
         "warmup_seconds": round(warmup_seconds, 2),
+        "capture_seconds": round(clock.capture_seconds, 2),
         "peak_memory_mib": round(memory.read() / 2**20),
         "mean_loss": clock.mean_loss(warmup + 1, warmup + steps),
     }
@@ -349,16 +359,23 @@ def prepare(
             loss = make_loss("ldam", "effective", counts_C, device, impl=impl)
         else:
             loss = partial(cross_entropy, impl=impl)
+        graphs = settings.get("graphs", False)
         stage_settings = StageSettings(
             epochs=1,
             learning_rate=learning_rate,
             batch_size=batch_size,
             dtype=torch.bfloat16 if settings["bf16"] else torch.float32,
             impl=impl,
+            graphs=graphs,
             schedule_steps=num_steps,
         )
+        watched = tick_after_each_step(clock, loss, device) if graphs else clock.watch(loss)
         state = TrainingState(SEED, ours, stage=stage)
-        return lambda: train_stage(state, data, clock.watch(loss), stage_settings)
+
+        def note(report: StepReport) -> None:
+            clock.capture_seconds = report.capture_seconds
+
+        return lambda: train_stage(state, data, watched, stage_settings, on_report=note)
 
     import peers
 
@@ -391,6 +408,27 @@ def prepare(
         on_loss=clock.tick,
         on_batch=on_batch if settings.get("group_by_length") else None,
     )
+
+
+def tick_after_each_step(clock: StepClock, loss_function: Loss, device: torch.device) -> Loss:
+    """The same loss; the clock ticks where the loop counts a step, since graphs call no loss.
+
+    In this process, all stages from now on tick.
+    """
+    last_loss = torch.zeros((), device=device)
+
+    def watched(logits_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
+        loss = loss_function(logits_BC, labels_B)
+        last_loss.copy_(loss.detach())  # in a graph, at every replay
+        return loss
+
+    class TickingMonitor(Monitor):
+        def report(self, *arguments: Any) -> StepReport | None:
+            clock.tick(last_loss.clone())
+            return super().report(*arguments)
+
+    stage_module.Monitor = TickingMonitor  # type: ignore[misc]
+    return watched
 
 
 def compile_layers(backend: str) -> None:
@@ -460,7 +498,7 @@ def describe(record: dict[str, Any]) -> str:
     }
     header = ["run", "stage", "batch", "examples/s", "× P0", "× P1 bf16", "real tokens/s"]
     header += ["step ms, p50 (p20-p80)", "of matmul", "of copy", "memory MiB", "warm-up s"]
-    header += ["mean loss"]
+    header += ["capture s", "mean loss"]
     lines = []
     for row in rows:
         case = (row["stage"], row["batch_size"])
@@ -483,6 +521,7 @@ def describe(record: dict[str, Any]) -> str:
                 share(row["needed_bytes_per_second"], limits.get("copy_bytes")),
                 row["peak_memory_mib"],
                 row["warmup_seconds"],
+                row.get("capture_seconds") or "",
                 f"{row['mean_loss']:.4f}",
             ]
         )

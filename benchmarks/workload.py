@@ -4,6 +4,7 @@
 `bert-base`: an encoder of BERT-base's shape with random weights, on random texts whose lengths and
 token frequencies are those of the snippets, from `snippet_histogram.json`; it needs no network.
 `tiny`: two small layers on such texts, to rehearse.
+`sst2_texts`: random texts with the lengths of SST-2's, and the snippets' token frequencies.
 
 All texts are there in every case, however few of them are timed: how many different words a data
 set has decides how much of the embedding table there is to train.
@@ -31,10 +32,12 @@ from twostage.model.checkpoint import Checkpoint, load_checkpoint
 from twostage.training.stage import StageData
 
 HISTOGRAM = Path(__file__).parent / "snippet_histogram.json"
+SST2_HISTOGRAM = HISTOGRAM.with_name("sst2_histogram.json")
 SHAPES = {
     "bert-base": BertConfig(30_522, 768, 12, 12, 3_072),
     "tiny": BertConfig(2_000, 64, 2, 2, 128),
 }
+"""Both have heads for which attention has Triton kernels."""
 MODELS = ("minilm", *SHAPES)
 NUM_RANDOM_TEXTS = {"bert-base": 8_000, "tiny": 240}
 """About as many as the demo has, and few."""
@@ -96,11 +99,16 @@ def random_checkpoint(config: BertConfig) -> Checkpoint:
     return Checkpoint(config, tensors)
 
 
-def random_texts(num_texts: int, vocab_size: int) -> StageData:
-    """Texts with the snippets' lengths and token frequencies, [CLS] first and [SEP] last."""
+def sst2_texts(num_texts: int, vocab_size: int) -> StageData:
+    """Random texts as long as SST-2's: 13.3 tokens on average, where snippets have 26."""
+    return random_texts(num_texts, vocab_size, SST2_HISTOGRAM)
+
+
+def random_texts(num_texts: int, vocab_size: int, lengths_of: Path = HISTOGRAM) -> StageData:
+    """Texts with the snippets' token frequencies, [CLS] first and [SEP] last."""
     histogram = json.loads(HISTOGRAM.read_text(encoding="utf-8"))
     generator = np.random.default_rng(0)
-    values, counts = np.array(histogram["lengths"]).T
+    values, counts = np.array(json.loads(lengths_of.read_text(encoding="utf-8"))["lengths"]).T
     lengths = generator.choice(values, size=num_texts, p=counts / counts.sum())
     ranks, frequencies = np.array(histogram["rank_frequencies"], dtype=float).T
     every_rank = np.arange(1, vocab_size - SEP)

@@ -115,7 +115,8 @@ def packed_attention(
     """
     if use_triton(impl, qkv_T3D):
         head_size = qkv_T3D.shape[1] // 3 // num_heads
-        if is_short(layout, head_size, qkv_T3D.dtype):
+        short = layout.max_length <= MAX_SHORT_LENGTH
+        if short and takes_short_texts(head_size, qkv_T3D.dtype):
             context_TD: Tensor = _ShortAttention.apply(
                 qkv_T3D, layout, num_heads, dropout_p, randomness, site
             )
@@ -154,7 +155,8 @@ def first_token_attention(
     """
     if use_triton(impl, query_BD):
         head_size = query_BD.shape[1] // num_heads
-        if is_short(layout, head_size, query_BD.dtype):
+        short = layout.max_length <= MAX_SHORT_LENGTH
+        if short and takes_short_texts(head_size, query_BD.dtype):
             context_BD: Tensor = _ShortFirstTokenAttention.apply(
                 query_BD, key_value_T2D, layout, num_heads, dropout_p, randomness, site
             )
@@ -185,17 +187,13 @@ def first_token_attention(
     )
 
 
-def is_short(layout: PackedLayout, head_size: int, dtype: torch.dtype) -> bool:
-    """Whether the kernels here take such texts.
+def takes_short_texts(head_size: int, dtype: torch.dtype) -> bool:
+    """Whether the kernels here take texts that are short enough.
 
     In fp32 only in the interpreter: matrix units have no fp32, and without them a block of scores
     does not fit into the registers.
     """
-    return (
-        layout.max_length <= MAX_SHORT_LENGTH
-        and head_size in SHORT_HEAD_SIZES
-        and (dtype != torch.float32 or _INTERPRETED)
-    )
+    return head_size in SHORT_HEAD_SIZES and (dtype != torch.float32 or _INTERPRETED)
 
 
 def _with_filler(layout: PackedLayout, num_tokens: int) -> Tensor:

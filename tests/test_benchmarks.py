@@ -272,18 +272,22 @@ def test_the_gpu_suite_rehearses_on_a_cpu(tmp_path: Path) -> None:
     }
     assert {(row["run"], row["stage"]) for row in record["rows"]} == expected | {
         ("ours bf16, Triton", 2),
+        ("ours bf16, graphs", 2),
         ("P3 bf16", 2),
     }
     assert all(row["examples_per_second"] > 0 for row in record["rows"])
     profiled = [row["profile"] for row in record["rows"] if row.get("profile")]
-    assert len(profiled) == 2
+    assert len(profiled) == 3
     assert all(sum(entry["share"] for entry in profile) > 0.5 for profile in profiled)
-    assert len({row["operation"] for row in record["kernels"]}) == 5
-    assert len(record["kernels"]) == 15
+    assert len({row["operation"] for row in record["kernels"]}) == 6
+    assert len(record["kernels"]) == 18
     assert all(row["close"] for row in record["kernels"])
     markdown = json_path.with_suffix(".md").read_text()
     assert markdown.count("| P4 bf16 |") == 2
     assert "Where a step goes" in markdown
+    (seeds,) = record["seeds"]
+    assert seeds["examples_per_second"] > 0
+    assert "2 seeds of both stages" in markdown
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")

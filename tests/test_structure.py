@@ -134,6 +134,7 @@ def test_the_part_that_people_come_to_read_stays_short() -> None:
     read = [PACKAGE / "two_stage.py", *(PACKAGE / "model").glob("*.py")]
     read += (PACKAGE / "training").glob("*.py")
     # Blank lines do not count: what is spread out is not longer to read. 1,500 for the algorithm,
-    # the rest for what GPUs ask for: the loss scale of fp16, counted masks, the choice of kernels.
+    # the rest for what GPUs ask for: the loss scale of fp16, counted masks, the choice of kernels;
+    # CUDA graphs, which a reader may leave out.
     lines = [line for path in read for line in path.read_text(encoding="utf-8").splitlines()]
-    assert sum(bool(line.strip()) for line in lines) < 1_725
+    assert sum(bool(line.strip()) for line in lines) < 2_100

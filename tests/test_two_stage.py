@@ -308,6 +308,16 @@ def test_the_trunk_is_shared_by_all_seeds_with_new_masks_in_each_epoch(
         assert not np.array_equal(one.logits_NC, other.logits_NC)
 
 
+def test_graphs_are_refused_for_heads_that_their_attention_does_not_take(
+    tiny_checkpoint: Checkpoint, short_heads_checkpoint: Checkpoint
+) -> None:
+    recipe = replace(RECIPE, max_length=16, graphs=True)
+    recipe.check_fit(short_heads_checkpoint.config, "M")
+    with pytest.raises(UsageError, match="heads of 32 or 64 features; those of 'M' have 6"):
+        recipe.check_fit(tiny_checkpoint.config, "M")
+    replace(recipe, graphs=False).check_fit(tiny_checkpoint.config, "M")
+
+
 def test_columns_of_a_data_frame_serve_as_data(tiny: Path) -> None:
     frame = pd.DataFrame({"text": TEXTS, "label": [1, 1, 1, 0, 0]}).sample(frac=1, random_state=1)
     result = train_two_stage(

@@ -473,7 +473,8 @@ def _train(options: argparse.Namespace) -> None:
         share_trunk=options.share_trunk,
     )
     # What the settings and the data have wrong is said before a model is downloaded.
-    check_kernels(recipe.kernels, recipe.graphs, choose_device(recipe.device))
+    device = choose_device(recipe.device)
+    check_kernels(recipe.kernels, recipe.graphs, recipe.precision, device)
     data = read_data(options.data_path, recipe, options.encoding)
     result = run_experiment(
         find_model(options.model, show_progress=True),

@@ -7,6 +7,7 @@ import torch
 from .data.samplers import SAMPLERS
 from .errors import UsageError
 from .kernels import IMPLS
+from .kernels.attention import SHORT_HEAD_SIZES
 from .model.bert import BertConfig
 from .training.losses import CLASS_WEIGHTS, LOSSES, Loss, make_loss
 from .training.precision import PRECISIONS
@@ -151,6 +152,12 @@ class Recipe:
 
     def check_fit(self, config: BertConfig, model: str) -> None:
         """Raise UsageError when this encoder cannot run the recipe."""
+        if self.graphs and config.head_size not in SHORT_HEAD_SIZES:
+            sizes = " or ".join(map(str, SHORT_HEAD_SIZES))
+            raise UsageError(
+                f"graphs need attention heads of {sizes} features; those of '{model}' have "
+                f"{config.head_size}"
+            )
         if self.max_length > config.max_position_embeddings:
             raise UsageError(
                 f"max_length is {self.max_length}, but '{model}' has "

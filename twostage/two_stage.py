@@ -180,7 +180,7 @@ def train_two_stage(
     """
     recipe = recipe or Recipe()
     device = choose_device(recipe.device)
-    check_kernels(recipe.kernels, recipe.graphs, device)
+    check_kernels(recipe.kernels, recipe.graphs, recipe.precision, device)
     tables = [_as_table(train, "train data"), _as_table(test, "test data")]
     if recipe.needs_augmented:
         if augmented is None:

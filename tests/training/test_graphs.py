@@ -107,7 +107,7 @@ def assert_equal_steps(ours: list[StepReport], theirs: list[StepReport]) -> None
 
 @pytest.mark.parametrize(
     ("stage", "sampler", "epochs"),
-    [(2, "random", 2), (2, "token-budget", 1), (1, "class-balanced", 2), (1, "random", 1)],
+    [(2, "random", 1), (2, "token-budget", 1), (1, "class-balanced", 2), (1, "random", 1)],
 )
 def test_each_step_has_the_loss_and_gradient_of_the_step_as_it_comes(
     short_heads_checkpoint: Checkpoint, replayed: list[int], stage: int, sampler: str, epochs: int

@@ -194,16 +194,18 @@ def test_kernels_that_cannot_run_are_refused_in_a_sentence(
 ) -> None:
     cpu = torch.device("cpu")
     for impl in ("auto", "torch"):
-        check_kernels(impl, False, cpu)
+        check_kernels(impl, False, "auto", cpu)
     with pytest.raises(UsageError, match="kernels are 'cuda'; expected one of auto, torch, triton"):
-        check_kernels("cuda", False, cpu)
+        check_kernels("cuda", False, "auto", cpu)
     with pytest.raises(UsageError, match="graphs need kernels 'triton'; they are 'auto'"):
-        check_kernels("auto", True, cpu)
+        check_kernels("auto", True, "bf16", cpu)
+    with pytest.raises(UsageError, match="graphs need precision bf16 or fp16; it is fp32"):
+        check_kernels("triton", True, "fp32", torch.device("cuda"))
     with pytest.raises(UsageError, match="graphs need a CUDA GPU, and the device is cpu"):
-        check_kernels("triton", True, cpu)
+        check_kernels("triton", True, "bf16", cpu)
     monkeypatch.setattr("twostage.kernels._INTERPRETED", False)
     with pytest.raises(UsageError, match="need a CUDA GPU, and the device is cpu; leave"):
-        check_kernels("triton", False, cpu)
+        check_kernels("triton", False, "auto", cpu)
     monkeypatch.setattr("twostage.kernels.triton", None)
     with pytest.raises(UsageError, match="Triton is not installed here"):
-        check_kernels("triton", False, torch.device("cuda"))
+        check_kernels("triton", False, "auto", torch.device("cuda"))

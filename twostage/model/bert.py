@@ -75,6 +75,11 @@ class BertConfig:
     attention_probs_dropout_prob: float = 0.1
     """On the attention probabilities."""
 
+    @property
+    def head_size(self) -> int:
+        """K, features of an attention head."""
+        return self.hidden_size // self.num_attention_heads
+
     def __post_init__(self) -> None:
         for name in (
             "vocab_size",

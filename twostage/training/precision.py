@@ -61,7 +61,7 @@ def choose_precision(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def check_kernels(impl: str, graphs: bool, device: torch.device) -> None:
+def check_kernels(impl: str, graphs: bool, precision: str, device: torch.device) -> None:
     """Raise UsageError when the operations (`kernels/__init__.py`) cannot run with this `impl`, or
     steps not as CUDA graphs where these are asked for."""
     if impl not in IMPLS:
@@ -73,6 +73,8 @@ def check_kernels(impl: str, graphs: bool, device: torch.device) -> None:
         raise UsageError(f"graphs need kernels 'triton'; they are '{impl}'")
     if graphs and device.type != "cuda":
         raise UsageError(f"graphs need a CUDA GPU, and the device is {device}")
+    if graphs and choose_precision(precision, device) == torch.float32:
+        raise UsageError("graphs need precision bf16 or fp16; it is fp32")
 
 
 class WorkingCopy:

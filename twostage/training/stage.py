@@ -20,6 +20,7 @@ from torch import Tensor
 from ..data.packing import TokenStore, renumber_tokens
 from ..data.samplers import epoch_batches
 from ..errors import NonFiniteError
+from ..kernels.attention import takes_short_texts
 from ..progress import progress_bar
 from .graphs import StepGraphs
 from .inputs import Feed, StepInputs
@@ -132,7 +133,7 @@ def train_stage(
     # Counted, not computed: epochs of the token-budget sampler differ by a batch or two.
     total_steps = sum(len(batches_of(epoch)) for epoch in range(settings.epochs))
     schedule_steps = settings.schedule_steps or total_steps
-    monitor = _Monitor(state, total_steps, device)
+    monitor = Monitor(state, total_steps, device)
 
     def learning_rate_at(step: int) -> float:
         return settings.learning_rate * linear_decay(step, schedule_steps)
@@ -188,6 +189,8 @@ def train_stage(
 
         graphs = None
         if settings.graphs:
+            head_size = model.bert.config.head_size
+            assert takes_short_texts(head_size, settings.dtype), "the recipe has checked it"
             all_batches = chain.from_iterable(map(batches_of, range(settings.epochs)))
             graphs = StepGraphs(take_step, all_batches, lengths_N, learning_rate_at, device)
             at_the_end.callback(graphs.close)
@@ -225,7 +228,7 @@ def train_stage(
             state.epoch, state.batch = state.epoch + 1, 0
 
 
-class _Monitor:
+class Monitor:
     """Loss, gradient norm and speed since the last report, and whether all was finite.
 
     A step with a non-finite loss or gradient must not reach the weights, but if the host looked at

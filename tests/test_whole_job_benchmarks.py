@@ -1,4 +1,4 @@
-"""Prediction and the whole job: both sides do the same work on the same texts, and say so."""
+"""Prediction, the whole job, several seeds: all sides do the same work on the same texts."""
 
 import json
 import subprocess
@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from safetensors.torch import load_file, save_file
+
+from twostage.model.checkpoint import Checkpoint
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -225,3 +227,37 @@ def test_without_any_one_saving_the_training_is_the_same(monkeypatch: pytest.Mon
         seen = losses(names, stage)  # each without all of those before it, too
         assert len(seen) == len(names)
         assert seen == pytest.approx([seen[0]] * len(seen), rel=2e-3)
+
+
+def test_several_seeds_are_timed_with_and_without_a_common_trunk(tmp_path: Path) -> None:
+    printed, record = run_benchmark(
+        "several_seeds.py", "--texts", "64", "--seeds", "2", "--output", str(tmp_path)
+    )
+    alone, shared = record["rows"]
+    assert (alone["run"], shared["run"]) == ("one after the other", "one trunk for all")
+    for row in (alone, shared):
+        assert len(row["stage_1_seconds"]) == len(row["stage_2_seconds"]) == 2
+        parts = ("stage_1_seconds", "stage_2_seconds", "evaluation_seconds")
+        total = row["shared_trunk_seconds"] + sum(sum(row[part]) for part in parts)
+        assert 0.9 * row["seconds"] < total <= row["seconds"]
+        assert row["examples_per_second"] == pytest.approx(2 * 2 * 64 / row["seconds"])
+    assert shared["shared_trunk_seconds"] > 0 == alone["shared_trunk_seconds"]
+    assert "2 seeds of both stages, tiny, 64 texts:" in printed
+    (written,) = tmp_path.glob("several_seeds-tiny-cpu.json")
+    assert json.loads(written.read_text())["rows"] == record["rows"]
+
+
+def test_five_seeds_train_on_as_many_texts_as_long_as_sst2s(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import several_seeds
+
+    job = {"model": "bert-base", "texts": several_seeds.SST2_TEXTS}
+    monkeypatch.setattr(several_seeds, "random_checkpoint", lambda config: Checkpoint(config, {}))
+    train, test = several_seeds.split(several_seeds.choose_workload(job).data, job["texts"])
+    assert (len(train), len(test)) == (45_082, 872)
+    assert float(train.store.lengths.float().mean()) == pytest.approx(13.31, abs=0.1)
+    assert int(train.store.lengths.max()) <= 66
+    assert len(test.store.ids) == int(test.store.offsets[-1])
+    assert test.store.ids[0] == 101
