@@ -333,7 +333,7 @@ def attention_cases(device: torch.device) -> list[CaseOf]:
 
         def flash(qkv_T3D: Tensor) -> Tensor:
             parts, ends = qkv_T3D.chunk(3, dim=1), (layout.cu_seqlens, layout.cu_seqlens)
-            return flash_attention(*parts, ends, (longest, longest), heads, 0.0, None, 1)
+            return flash_attention(*parts, ends, (longest, longest), heads, 0.0, None)
 
         qkv_T3D = draw(device, seed, tokens, 3 * width).to(dtype)
         size = qkv_T3D.element_size() * tokens * width

@@ -133,7 +133,6 @@ def packed_attention(
                 num_heads,
                 dropout_p,
                 _generator(randomness),
-                site,
             )
     return padded_attention(qkv_T3D, layout.block, num_heads, dropout_p, randomness, site)
 
@@ -173,7 +172,6 @@ def first_token_attention(
                 num_heads,
                 dropout_p,
                 _generator(randomness),
-                site,
             )
     return padded_first_token_attention(
         query_BD,

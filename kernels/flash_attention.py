@@ -7,12 +7,16 @@ packed sequences (`torch.nn.attention.varlen.varlen_attn`, FlexAttention), or no
 Being private, it may change: a test holds the signature that is called here against the torch that
 is installed.
 
-It draws its masks by itself, from the GPU's process-wide generator. That is seeded here for the
-call and put back after it, so a training step still depends on its own seed alone; but which
-element gets which random number is the operation's own affair, unlike everywhere else.
+It draws its masks by itself, from the GPU's process-wide generator. For the call that one takes the
+state of the generator it is given here, and is put back after it: so a training step still depends
+on its own seed alone. But which element gets which random number is the operation's own affair,
+unlike everywhere else.
 
 Shapes: Q query tokens, T key tokens, D hidden, H heads.
 """
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -45,16 +49,15 @@ def flash_attention(
     num_heads: int,
     dropout_p: float,
     generator: torch.Generator | None,
-    site: int,
 ) -> Tensor:
     """Context, [Q, D]. Rows of the inputs may lie apart.
 
     cu_seqlens: [B+1] int32 of the queries and of the keys; together their sequences cover all rows.
-    max_lengths: their longest. generator: its seed and `site` decide the masks; None: no dropout.
+    max_lengths: their longest. generator: where the masks are drawn from; None: no dropout.
     """
     shape = (-1, num_heads, query_QD.shape[1] // num_heads)
     dropout_p = 0.0 if generator is None else dropout_p
-    with _SeededForCall(query_QD.device, generator, site):
+    with _drawing_from(generator, query_QD.device):
         context_QHK: Tensor = torch.ops.aten._flash_attention_forward(
             query_QD.unflatten(1, shape[1:]),
             key_TD.unflatten(1, shape[1:]),
@@ -68,19 +71,17 @@ def flash_attention(
     return context_QHK.flatten(1)
 
 
-class _SeededForCall:
-    """The GPU's process-wide generator, seeded from another's seed, and afterwards as before."""
-
-    def __init__(self, device: torch.device, generator: torch.Generator | None, site: int) -> None:
-        self.device, self.generator, self.site = device, generator, site
-
-    def __enter__(self) -> None:
-        if self.generator is not None:
-            index = self.device.index or 0
-            self.global_generator = torch.cuda.default_generators[index]
-            self.state = self.global_generator.get_state()
-            self.global_generator.manual_seed((self.generator.initial_seed() + self.site) % 2**63)
-
-    def __exit__(self, *_: object) -> None:
-        if self.generator is not None:
-            self.global_generator.set_state(self.state)
+@contextmanager
+def _drawing_from(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
+    """What draws from the GPU's process-wide generator draws from this one; nobody waits."""
+    if generator is None:
+        yield
+        return
+    process_wide = torch.cuda.default_generators[device.index or 0]
+    before = process_wide.get_state()
+    process_wide.set_state(generator.get_state())
+    try:
+        yield
+    finally:
+        generator.set_state(process_wide.get_state())
+        process_wide.set_state(before)

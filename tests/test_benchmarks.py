@@ -277,7 +277,7 @@ def test_the_gpu_suite_rehearses_on_a_cpu(tmp_path: Path) -> None:
     }
     assert all(row["examples_per_second"] > 0 for row in record["rows"])
     profiled = [row["profile"] for row in record["rows"] if row.get("profile")]
-    assert len(profiled) == 3
+    assert len(profiled) == 2
     assert all(sum(entry["share"] for entry in profile) > 0.5 for profile in profiled)
     assert len({row["operation"] for row in record["kernels"]}) == 6
     assert len(record["kernels"]) == 18

@@ -280,22 +280,24 @@ def test_flash_attention_of_long_texts_is_attention(
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU in this machine")
-def test_flash_attentions_masks_follow_from_the_seed_and_leave_torchs_generator_alone(
+def test_flash_attentions_masks_come_from_our_generator_and_leave_torchs_alone(
     device: torch.device,
 ) -> None:
     rows = torch.randn(200, 3, 128, device=device, dtype=torch.bfloat16).unbind(1)
-    cu_seqlens = torch.tensor([0, 200], dtype=torch.int32, device=device)
+    both = (torch.tensor([0, 200], dtype=torch.int32, device=device),) * 2
 
-    def run(seed: int, site: int) -> Tensor:
-        generator = torch.Generator(device).manual_seed(seed)
-        both = (cu_seqlens, cu_seqlens)
-        return flash_attention(*rows, both, (200, 200), HEADS, 0.1, generator, site)
+    def run(generator: torch.Generator) -> Tensor:
+        return flash_attention(*rows, both, (200, 200), HEADS, 0.1, generator)
+
+    def seeded(seed: int) -> torch.Generator:
+        return torch.Generator(device).manual_seed(seed)
 
     torch.manual_seed(0)
     expected = torch.rand(3, device=device)
     torch.manual_seed(0)
-    first = run(1, 1)
+    generator = seeded(1)
+    first, second = run(generator), run(generator)
     assert torch.equal(torch.rand(3, device=device), expected)
-    assert torch.equal(run(1, 1), first)
-    assert not torch.equal(run(2, 1), first)
-    assert not torch.equal(run(1, 2), first)
+    assert torch.equal(run(seeded(1)), first)
+    assert not torch.equal(first, second), "a second call goes on where the first ended"
+    assert not torch.equal(run(seeded(2)), first)

@@ -211,13 +211,13 @@ def test_a_non_finite_loss_stops_before_the_weights_change_and_names_the_rows(
         calls += 1
         return cross_entropy(logits_BC, labels_B) * (float("nan") if calls == 4 else 1.0)
 
-    original = stage_module._Monitor.__init__
+    original = stage_module.Monitor.__init__
 
-    def patched(self: stage_module._Monitor, *args: object) -> None:
+    def patched(self: stage_module.Monitor, *args: object) -> None:
         original(self, *args)
         self.check_every = check_every
 
-    monkeypatch.setattr(stage_module._Monitor, "__init__", patched)
+    monkeypatch.setattr(stage_module.Monitor, "__init__", patched)
     monkeypatch.setattr(trunk, "WINDOW_TOKENS", 200)
     state = make_state(tiny_checkpoint, stage)
     with pytest.raises(NonFiniteError, match=f"seed 7, stage {stage}, step 4: ") as caught:
