@@ -57,7 +57,8 @@ def flash_attention(
     """
     shape = (-1, num_heads, query_QD.shape[1] // num_heads)
     dropout_p = 0.0 if generator is None else dropout_p
-    with _drawing_from(generator, query_QD.device):
+    process_wide = torch.cuda.default_generators[query_QD.device.index]
+    with drawing_from(generator, process_wide):
         context_QHK: Tensor = torch.ops.aten._flash_attention_forward(
             query_QD.unflatten(1, shape[1:]),
             key_TD.unflatten(1, shape[1:]),
@@ -72,12 +73,13 @@ def flash_attention(
 
 
 @contextmanager
-def _drawing_from(generator: torch.Generator | None, device: torch.device) -> Iterator[None]:
-    """What draws from the GPU's process-wide generator draws from this one; nobody waits."""
+def drawing_from(
+    generator: torch.Generator | None, process_wide: torch.Generator
+) -> Iterator[None]:
+    """What draws from the process-wide generator in here draws from `generator`; nobody waits."""
     if generator is None:
         yield
         return
-    process_wide = torch.cuda.default_generators[device.index or 0]
     before = process_wide.get_state()
     process_wide.set_state(generator.get_state())
     try:

@@ -13,7 +13,7 @@ from twostage.kernels.attention import (
     packed_layout,
 )
 from twostage.kernels.dropout import DropoutCounters
-from twostage.kernels.flash_attention import flash_attention
+from twostage.kernels.flash_attention import drawing_from, flash_attention
 
 CheckErrors = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], None]
 Attention = Callable[[Tensor, PackedLayout, str, DropoutCounters | None], Tensor]
@@ -277,6 +277,23 @@ def test_flash_attention_of_long_texts_is_attention(
     ours = run("triton", torch.bfloat16)
     check_errors(ours, run("torch", torch.bfloat16), run("torch", torch.float64))
     assert not ours[1][sum(lengths) :].any(), "filler's gradient is exactly zero"
+
+
+def test_what_draws_from_torchs_generator_can_be_made_to_draw_from_ours() -> None:
+    own, expected = (torch.Generator().manual_seed(5) for _ in range(2))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        theirs = torch.rand(4)
+        torch.manual_seed(0)
+        with drawing_from(own, torch.default_generator):
+            drawn = torch.rand(4)
+        with pytest.raises(KeyError), drawing_from(own, torch.default_generator):
+            raise KeyError
+        with drawing_from(None, torch.default_generator):
+            assert torch.equal(torch.rand(2), theirs[:2])
+        assert torch.equal(torch.rand(2), theirs[2:]), "as if nothing had been drawn in between"
+    assert torch.equal(drawn, torch.rand(4, generator=expected))
+    assert torch.equal(torch.rand(4, generator=own), torch.rand(4, generator=expected))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU in this machine")
