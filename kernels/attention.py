@@ -366,6 +366,42 @@ def _constants(
 
 
 @jit
+def _find_rows(
+    text: "Pointer",
+    start: "Pointer",
+    length: "Pointer",
+    FIRST_ONLY: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+) -> tuple["Pointer", "Pointer", "Pointer", "Pointer"]:
+    """(rows of the queries, [M, 1], and which there are; the same of the keys, [L, 1])."""
+    queries_M1, keys_L1 = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_L)[:, None]
+    if FIRST_ONLY:
+        rows_M1, is_query_M1 = text.to(tl.int64) + queries_M1, queries_M1 < 1
+    else:
+        rows_M1, is_query_M1 = start.to(tl.int64) + queries_M1, queries_M1 < length
+    return rows_M1, is_query_M1, start.to(tl.int64) + keys_L1, keys_L1 < length
+
+
+@jit
+def _keep_mask(
+    key: "Pointer",
+    draw: "Pointer",
+    head: "Pointer",
+    site: int,
+    drop_below: int,
+    HEAD_GROUPS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+) -> "Pointer":
+    """[M, L] bool. The first token alone is query 0, as among all."""
+    draws_M = draw + tl.zeros([BLOCK_M], tl.int32)
+    positions_M = tl.arange(0, BLOCK_M)
+    first_group = head * HEAD_GROUPS
+    return keep_mask_at(key, draws_M, positions_M, first_group, site, drop_below, BLOCK_M, BLOCK_L)
+
+
+@jit
 def _dot(a: "Pointer", b: "Pointer", IN_FP32: tl.constexpr) -> "Pointer":
     """a @ b, summed in fp32; fp32 is multiplied as fp32, not as tf32."""
     if IN_FP32:
@@ -417,45 +453,34 @@ def _forward_kernel(
 ) -> None:
     text, head = tl.program_id(0), tl.program_id(1)
     start = tl.load(cu_seqlens + text)
-    queries_M, keys_L = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_L)
     features_K = head * HEAD_SIZE + tl.arange(0, HEAD_SIZE)
 
     if text < tl.num_programs(0) - 1:
         length = tl.load(cu_seqlens + text + 1) - start
-        rows_M = (text if FIRST_ONLY else start).to(tl.int64) + queries_M
-        is_query_M1 = (queries_M < (1 if FIRST_ONLY else length))[:, None]
-        rows_L = start.to(tl.int64) + keys_L
-        is_key_L1 = (keys_L < length)[:, None]
+        rows_M1, is_query_M1, rows_L1, is_key_L1 = _find_rows(
+            text, start, length, FIRST_ONLY, BLOCK_M, BLOCK_L
+        )
         query_MK = tl.load(
-            query + rows_M[:, None] * QUERY_STRIDE + features_K[None, :],
+            query + rows_M1 * QUERY_STRIDE + features_K[None, :],
             mask=is_query_M1,
             other=0.0,
         )
-        at_key_LK = key_value + rows_L[:, None] * KEY_STRIDE + features_K[None, :]
+        at_key_LK = key_value + rows_L1 * KEY_STRIDE + features_K[None, :]
         key_LK = tl.load(at_key_LK, mask=is_key_L1, other=0.0)
         value_LK = tl.load(at_key_LK + D, mask=is_key_L1, other=0.0)
 
         dropped_ML = _softmax(query_MK, key_LK, length, HEAD_SIZE, BLOCK_L, IN_FP32)
         if HAS_DROPOUT:
             draw = tl.load(draws_T + start, mask=length > 0, other=0)
-            kept_ML = keep_mask_at(
-                key,
-                draw + tl.zeros([BLOCK_M], tl.int32),
-                queries_M,
-                head * HEAD_GROUPS,
-                site,
-                drop_below,
-                BLOCK_M,
-                BLOCK_L,
-            )
+            kept_ML = _keep_mask(key, draw, head, site, drop_below, HEAD_GROUPS, BLOCK_M, BLOCK_L)
             dropped_ML = tl.where(kept_ML, dropped_ML * scale, 0.0)
         context_MK = _dot(dropped_ML.to(value_LK.dtype), value_LK, IN_FP32)
-        at_context_MK = context + rows_M[:, None] * D + features_K[None, :]
+        at_context_MK = context + rows_M1 * D + features_K[None, :]
         tl.store(at_context_MK, context_MK, mask=is_query_M1)
     elif not FIRST_ONLY:
         nothing_LK = tl.zeros([BLOCK_L, HEAD_SIZE], context.dtype.element_ty)
         for first in range(start, num_tokens, BLOCK_L):
-            rows_L1 = (first + keys_L)[:, None]
+            rows_L1 = (first + tl.arange(0, BLOCK_L))[:, None]
             at_LK = context + rows_L1.to(tl.int64) * D + features_K[None, :]
             tl.store(at_LK, nothing_LK, mask=rows_L1 < num_tokens)
 
@@ -534,22 +559,20 @@ def _backward_kernel(
 ) -> None:
     text, head = tl.program_id(0), tl.program_id(1)
     start = tl.load(cu_seqlens + text)
-    queries_M, keys_L = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_L)
     features_K = head * HEAD_SIZE + tl.arange(0, HEAD_SIZE)
 
     if text < tl.num_programs(0) - 1:
         length = tl.load(cu_seqlens + text + 1) - start
-        rows_M = (text if FIRST_ONLY else start).to(tl.int64) + queries_M
-        is_query_M1 = (queries_M < (1 if FIRST_ONLY else length))[:, None]
-        rows_L = start.to(tl.int64) + keys_L
-        is_key_L1 = (keys_L < length)[:, None]
-        places_MK = rows_M[:, None] * QUERY_STRIDE + features_K[None, :]
-        places_LK = rows_L[:, None] * KEY_STRIDE + features_K[None, :]
+        rows_M1, is_query_M1, rows_L1, is_key_L1 = _find_rows(
+            text, start, length, FIRST_ONLY, BLOCK_M, BLOCK_L
+        )
+        places_MK = rows_M1 * QUERY_STRIDE + features_K[None, :]
+        places_LK = rows_L1 * KEY_STRIDE + features_K[None, :]
         query_MK = tl.load(query + places_MK, mask=is_query_M1, other=0.0)
         key_LK = tl.load(key_value + places_LK, mask=is_key_L1, other=0.0)
         value_LK = tl.load(key_value + D + places_LK, mask=is_key_L1, other=0.0)
         upstream_MK = tl.load(
-            upstream + rows_M[:, None] * D + features_K[None, :], mask=is_query_M1, other=0.0
+            upstream + rows_M1 * D + features_K[None, :], mask=is_query_M1, other=0.0
         )
 
         p_ML = _softmax(query_MK, key_LK, length, HEAD_SIZE, BLOCK_L, IN_FP32)
@@ -557,16 +580,7 @@ def _backward_kernel(
         dp_ML = _dot(upstream_MK, tl.trans(value_LK), IN_FP32)
         if HAS_DROPOUT:
             draw = tl.load(draws_T + start, mask=length > 0, other=0)
-            kept_ML = keep_mask_at(
-                key,
-                draw + tl.zeros([BLOCK_M], tl.int32),
-                queries_M,
-                head * HEAD_GROUPS,
-                site,
-                drop_below,
-                BLOCK_M,
-                BLOCK_L,
-            )
+            kept_ML = _keep_mask(key, draw, head, site, drop_below, HEAD_GROUPS, BLOCK_M, BLOCK_L)
             dropped_ML = tl.where(kept_ML, p_ML * scale, 0.0)
             dp_ML = tl.where(kept_ML, dp_ML * scale, 0.0)
         # Rows beyond the queries have a P of their own, but no upstream: they add zeros.
@@ -583,7 +597,7 @@ def _backward_kernel(
     else:
         nothing_LK = tl.zeros([BLOCK_L, HEAD_SIZE], dkey_value.dtype.element_ty)
         for first in range(start, num_tokens, BLOCK_L):
-            rows_L1 = (first + keys_L)[:, None]
+            rows_L1 = (first + tl.arange(0, BLOCK_L))[:, None]
             is_row_L1 = rows_L1 < num_tokens
             places_LK = rows_L1.to(tl.int64) * KEY_STRIDE + features_K[None, :]
             tl.store(dkey_value + places_LK, nothing_LK, mask=is_row_L1)

@@ -251,6 +251,14 @@ def test_the_tables_give_each_step_its_texts_labels_masks_and_learning_rate() ->
         assert (inputs.layout.first_tokens_B < bucket.num_tokens).all()
 
 
+def test_a_missing_text_begins_within_the_bucket_where_there_is_no_filler() -> None:
+    data = texts([32, 32, 5, 5, 5])
+    (full, _), (bucket, _) = inputs_of_steps([[0, 1], [2, 3, 4]], data)
+    assert full.layout.cu_seqlens.tolist() == [0, 32, 64, 64]
+    assert bucket.num_tokens == 64
+    assert full.layout.first_tokens_B.tolist() == [0, 32, 63]
+
+
 def _spans(rows: list[int]) -> list[tuple[int, int]]:
     return [(int(DATA.store.offsets[r]), int(DATA.store.offsets[r + 1])) for r in rows]
 
