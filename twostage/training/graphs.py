@@ -149,7 +149,10 @@ class StepGraphs:
 
     def _capture(self, max_length: int) -> None:
         """Record all buckets of a length class."""
+        assert self._tables is not None
         began = perf_counter()
+        # As it comes: what a recording launches has better been loaded before.
+        self._tables.step_inputs(self.buckets[0])
         for bucket in self.buckets:
             if bucket.max_length == max_length:
                 take = partial(self._take_step_of, bucket)
