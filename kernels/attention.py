@@ -77,10 +77,16 @@ class PackedLayout:
     on_host: Tensor | None
     """`cu_seqlens` on the CPU; None where only the kernels for short texts are to be used."""
 
+    @property
+    def num_real_tokens(self) -> int:
+        """Without filler."""
+        assert self.on_host is not None, "only the kernels for short texts are to be used"
+        return int(self.on_host[-1])
+
     @cached_property
     def block(self) -> PaddedBlock:
         """For attention in padded blocks: made when the first layer asks for it."""
-        assert self.on_host is not None, "nobody pads here"
+        assert self.on_host is not None, "only the kernels for short texts are to be used"
         return padded_block(self.on_host).to(self.cu_seqlens.device)
 
 
@@ -116,20 +122,24 @@ def packed_attention(
     if use_triton(impl, qkv_T3D):
         head_size = qkv_T3D.shape[1] // 3 // num_heads
         short = layout.max_length <= MAX_SHORT_LENGTH
-        if short and takes_short_texts(head_size, qkv_T3D.dtype):
+        if short and takes_short_texts(head_size, qkv_T3D.dtype, qkv_T3D.device):
             context_TD: Tensor = _ShortAttention.apply(
                 qkv_T3D, layout, num_heads, dropout_p, randomness, site
             )
             return context_TD
         if layout.max_length <= MAX_FLASH_LENGTH and can_flash(qkv_T3D, head_size):
             query_TD, key_TD, value_TD = qkv_T3D.chunk(3, dim=1)
-            cu_seqlens = _with_filler(layout, len(qkv_T3D))
+            # It leaves rows of no sequence as they happen to be: the filler is one, the last.
+            num_tokens = qkv_T3D.shape[0]
+            end = layout.cu_seqlens.new_full((1,), num_tokens)
+            cu_seqlens = torch.cat([layout.cu_seqlens, end])
+            longest = max(layout.max_length, num_tokens - layout.num_real_tokens)
             return flash_attention(
                 query_TD,
                 key_TD,
                 value_TD,
                 (cu_seqlens, cu_seqlens),
-                (layout.max_length, layout.max_length),
+                (longest, longest),
                 num_heads,
                 dropout_p,
                 _generator(randomness),
@@ -155,13 +165,14 @@ def first_token_attention(
     if use_triton(impl, query_BD):
         head_size = query_BD.shape[1] // num_heads
         short = layout.max_length <= MAX_SHORT_LENGTH
-        if short and takes_short_texts(head_size, query_BD.dtype):
+        if short and takes_short_texts(head_size, query_BD.dtype, query_BD.device):
             context_BD: Tensor = _ShortFirstTokenAttention.apply(
                 query_BD, key_value_T2D, layout, num_heads, dropout_p, randomness, site
             )
             return context_BD
         if layout.max_length <= MAX_FLASH_LENGTH and can_flash(query_BD, head_size):
-            key_TD, value_TD = key_value_T2D.chunk(2, dim=1)
+            # Without the filler, of whose keys it would leave the gradients as they happen to be.
+            key_TD, value_TD = key_value_T2D[: layout.num_real_tokens].chunk(2, dim=1)
             counts = torch.arange(len(query_BD) + 1, dtype=torch.int32, device=query_BD.device)
             return flash_attention(
                 query_BD,
@@ -185,19 +196,15 @@ def first_token_attention(
     )
 
 
-def takes_short_texts(head_size: int, dtype: torch.dtype) -> bool:
+def takes_short_texts(head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernels here take texts that are short enough.
 
     In fp32 only in the interpreter: matrix units have no fp32, and without them a block of scores
-    does not fit into the registers.
+    does not fit into the registers. Before compute capability 8.0 it does not fit at all.
     """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        return False
     return head_size in SHORT_HEAD_SIZES and (dtype != torch.float32 or _INTERPRETED)
-
-
-def _with_filler(layout: PackedLayout, num_tokens: int) -> Tensor:
-    """Boundaries of the texts and, last, of the filler: flash attention leaves out nothing."""
-    end = layout.cu_seqlens.new_full((1,), num_tokens)
-    return torch.cat([layout.cu_seqlens, end])
 
 
 def _generator(randomness: Randomness | None) -> torch.Generator | None:

@@ -25,7 +25,8 @@ MAX_FLASH_LENGTH = 512
 """Tokens of a text: BERT's positions."""
 
 FLASH_DTYPES = (torch.bfloat16, torch.float16)
-MAX_HEAD_SIZE = 256
+MAX_HEAD_SIZE = 128
+"""Larger ones it takes on some GPUs only."""
 
 
 def can_flash(x: Tensor, head_size: int) -> bool:

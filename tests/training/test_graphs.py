@@ -115,8 +115,8 @@ def test_each_step_has_the_loss_and_gradient_of_the_step_as_it_comes(
     settings = replace(GRAPHED, sampler=sampler, epochs=epochs)
     states = [start(short_heads_checkpoint, stage) for _ in range(2)]
     ours = train(states[0], settings)
-    assert len(ours) - 2 <= len(replayed) < len(ours), "all but the first of each length class"
-    assert ours[-1].capture_seconds > 0
+    assert replayed == list(range(len(ours)))
+    assert (ours[-1].capture_seconds > 0) == (DEVICE.type == "cuda")
     theirs = train(states[1], replace(settings, graphs=False))
     assert_equal_steps(ours, theirs)
     assert max(abs(a.loss / b.loss - 1) for a, b in zip(ours[1:], ours, strict=False)) > 0.02
@@ -167,7 +167,7 @@ def test_batches_with_longer_texts_and_rare_buckets_come_without_a_graph(
     batches = [b for e in (0, 1) for b in _batches(e)]
     long = [i for i, rows in enumerate(batches) if max(DATA.store.lengths[rows]) > 12]
     assert 2 <= len(long) <= len(ours) - 2
-    assert replayed == [i for i in range(len(ours)) if i not in long][1:]
+    assert replayed == [i for i in range(len(ours)) if i not in long]
     replayed.clear()
     monkeypatch.setattr(graphs_module, "MIN_USES", 100)
     assert_equal_steps(train(start(short_heads_checkpoint, 1), GRAPHED), ours)
@@ -338,5 +338,4 @@ def test_only_buckets_that_come_often_enough_are_recorded_largest_first(
     graphs = StepGraphs(lambda inputs: None, batches, lengths_N, float, CPU)
     assert graphs.buckets == [Bucket(192, 128), Bucket(64, 16)]
     assert graphs.find_bucket(np.array([2])) is None
-    assert graphs.find_bucket(np.array([0])) is None, "the first compiles the kernels"
     assert graphs.find_bucket(np.array([0])) == Bucket(64, 16)

@@ -22,10 +22,10 @@ multiples of 64, or a thirty-second of the next power of two; lengths to what th
 is compiled for. All graphs share one pool of memory, so together they need that of the largest.
 
 A bucket is recorded when it comes often enough to be worth it; other batches, and those with texts
-too long for the kernels of short attention, take their step as it comes. So does the first batch of
-each length class, by which its kernels are compiled before they are recorded. Recording runs
-nothing: no step is lost or taken twice. The masks are the same with graphs and without, and losses
-are equal to rounding.
+too long for the kernels of short attention, take their step as it comes. The first batch of each
+length class takes its step from the tables, but launch by launch, by which its kernels are compiled
+before they are recorded. Recording runs nothing: no step is lost or taken twice. The masks are the
+same with graphs and without, and losses are equal to rounding.
 
 Shapes: E tokens of a run, R steps of a run, B texts of the largest batch, T tokens of a bucket,
 D hidden.
@@ -96,12 +96,12 @@ class StepGraphs:
             self._batch_size = max(self._batch_size, len(rows))
             uses[bucket_of(lengths_N[rows])] += 1
         self.buckets = sorted((b for b, n in uses.items() if b and n >= MIN_USES), reverse=True)
-        """Largest first: smaller ones then fit into the memory that these have left."""
+        """Largest first: of a length class, smaller ones then fit into what these have left."""
         self.capture_seconds = 0.0
         """Spent on recording so far."""
-        self._pool = torch.cuda.graph_pool_handle() if device.type == "cuda" else None
+        self._has_graphs = device.type == "cuda"
+        self._stream = torch.cuda.Stream(device) if self._has_graphs else None
         self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
-        self._replays: dict[Bucket, Callable[[], None]] = {}
         self._compiled: set[int] = set()  # length classes
         self._tables: _DeviceTables | None = None
         self._steps = range(0)  # of the run in the tables
@@ -110,23 +110,23 @@ class StepGraphs:
     def find_bucket(self, rows: np.ndarray) -> Bucket | None:
         """The bucket whose graph takes this batch; None when the batch is to come without."""
         bucket = bucket_of(self._lengths_N[rows])
-        if bucket not in self.buckets:
-            return None
-        if bucket.max_length not in self._compiled:
-            self._compiled.add(bucket.max_length)
-            return None
-        return bucket
+        return bucket if bucket in self.buckets else None
 
     def replay(self, bucket: Bucket, step: int, find_run: Callable[[], Run]) -> None:
         """Take step number `step` of the stage. find_run: the run that it is in."""
         if step not in self._steps:
             self._lay_out(find_run())
         assert self._tables is not None
-        if bucket not in self._replays:
+        is_compiled = bucket.max_length in self._compiled
+        if self._has_graphs and is_compiled and bucket not in self._graphs:
             self._capture(bucket.max_length)
         if step != self._next_step:
             self._tables.row.fill_(step - self._steps.start)
-        self._replays[bucket]()
+        if bucket in self._graphs:
+            self._graphs[bucket].replay()
+        else:
+            self._take_step_of(bucket)
+            self._compiled.add(bucket.max_length)
         self._next_step = step + 1
 
     def close(self) -> None:
@@ -134,7 +134,6 @@ class StepGraphs:
         for graph in self._graphs.values():
             graph.reset()
         self._graphs.clear()
-        self._replays.clear()
 
     def _lay_out(self, run: Run) -> None:
         """Put a run where the graphs look for it."""
@@ -149,23 +148,19 @@ class StepGraphs:
 
     def _capture(self, max_length: int) -> None:
         """Record all buckets of a length class."""
-        assert self._tables is not None
         began = perf_counter()
-        # As it comes: what a recording launches has better been loaded before.
-        self._tables.step_inputs(self.buckets[0])
+        pool = next((graph.pool() for graph in self._graphs.values()), None)
+        pool = pool or torch.cuda.graph_pool_handle()  # not one whose graphs are all gone
         for bucket in self.buckets:
             if bucket.max_length == max_length:
-                take = partial(self._take_step_of, bucket)
-                self._replays[bucket] = take
-                if self._pool is not None:
-                    graph = self._graphs[bucket] = torch.cuda.CUDAGraph()
-                    with torch.cuda.graph(graph, pool=self._pool):
-                        take()
-                    self._replays[bucket] = graph.replay
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.device(self._device), torch.cuda.graph(graph, pool, self._stream):
+                    self._take_step_of(bucket)
+                self._graphs[bucket] = graph
         self.capture_seconds += perf_counter() - began
 
     def _take_step_of(self, bucket: Bucket) -> None:
-        """What is recorded."""
+        """What is recorded, or runs launch by launch."""
         assert self._tables is not None
         self._take_step(self._tables.step_inputs(bucket))
         self._tables.row.add_(1)

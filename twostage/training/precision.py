@@ -75,6 +75,8 @@ def check_kernels(impl: str, graphs: bool, precision: str, device: torch.device)
         raise UsageError(f"graphs need a CUDA GPU, and the device is {device}")
     if graphs and choose_precision(precision, device) == torch.float32:
         raise UsageError("graphs need precision bf16 or fp16; it is fp32")
+    if graphs and torch.cuda.get_device_capability(device) < (8, 0):
+        raise UsageError(f"graphs need a GPU of compute capability 8.0 or more; {device} is older")
 
 
 class WorkingCopy:

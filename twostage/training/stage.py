@@ -4,7 +4,7 @@ Which parameters are trained is set before, by freezing (`two_stage.py`); a froz
 part in no backward. Which texts a batch holds is a function of (seed, stage, epoch), and the
 dropout masks of a step are a function of (seed, stage, step), those of frozen layers of the step's
 window (`trunk.py`): a stage can be left and re-entered between any two steps without changing a
-bit of the outcome.
+bit of the outcome. (With CUDA graphs, `graphs.py`: no more than a rounding.)
 """
 
 from collections.abc import Callable, Sequence
@@ -190,7 +190,7 @@ def train_stage(
         graphs = None
         if settings.graphs:
             head_size = model.bert.config.head_size
-            assert takes_short_texts(head_size, settings.dtype), "the recipe has checked it"
+            assert takes_short_texts(head_size, settings.dtype, device), "the recipe has checked it"
             all_batches = chain.from_iterable(map(batches_of, range(settings.epochs)))
             graphs = StepGraphs(take_step, all_batches, lengths_N, learning_rate_at, device)
             at_the_end.callback(graphs.close)
