@@ -19,6 +19,9 @@ CheckErrors = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], N
 Attention = Callable[[Tensor, PackedLayout, str, DropoutCounters | None], Tensor]
 
 HEADS = 2
+EXACT, CLOSE = torch.float32, {"rtol": 1e-4, "atol": 1e-5}
+if torch.cuda.is_available():  # where the kernels are for 16 bits
+    EXACT, CLOSE = torch.bfloat16, {"rtol": 2e-2, "atol": 2e-2}
 MIXTURES = [
     ([1], 0),
     ([16, 1, 5], 10),
@@ -119,7 +122,7 @@ def test_context_and_gradients_are_within_twice_torchs_error_of_float64(
 def test_any_mixture_of_lengths_is_what_the_padded_form_computes(
     device: torch.device, kind: Callable[[float], Attention], lengths: list[int], filler: int
 ) -> None:
-    qkv, upstream = (x.to(device) for x in inputs(lengths, filler, 32))
+    qkv, upstream = (x.to(device, EXACT) for x in inputs(lengths, filler, 32))
     upstream[sum(lengths) :] = 0 if kind is all_tokens else upstream[sum(lengths) :]
     where = counters_of(lengths, filler, device)
     ours = differentiate(kind(0.2), qkv, upstream, layout_of(lengths, device), "triton", where)
@@ -128,8 +131,8 @@ def test_any_mixture_of_lengths_is_what_the_padded_form_computes(
     of_texts = upstream if kind is all_tokens else upstream[texts]
     theirs = differentiate(kind(0.2), qkv, of_texts, some, "torch", where)
     context = ours[0] if kind is all_tokens else ours[0][texts]
-    torch.testing.assert_close(context, theirs[0], rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(ours[1], theirs[1], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(context, theirs[0], **CLOSE)
+    torch.testing.assert_close(ours[1], theirs[1], **CLOSE)
     if kind is first_tokens:
         nothing = [b for b, length in enumerate(lengths) if not length]
         assert not ours[0][nothing].any(), "a text without tokens has no context"
@@ -139,14 +142,14 @@ def test_any_mixture_of_lengths_is_what_the_padded_form_computes(
 def test_every_length_up_to_128_has_the_padded_forms_context_and_gradient(
     device: torch.device, lengths: list[int]
 ) -> None:
-    qkv, upstream = (x.to(device) for x in inputs(lengths, 0, 32))
+    qkv, upstream = (x.to(device, EXACT) for x in inputs(lengths, 0, 32))
     layout, where = layout_of(lengths, device), counters_of(lengths, 0, device)
     for kind in (all_tokens, first_tokens):
         outcomes = [
             differentiate(kind(0.1), qkv, upstream, layout, impl, where)
             for impl in ("triton", "torch")
         ]
-        torch.testing.assert_close(*outcomes, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*outcomes, **CLOSE)
 
 
 @pytest.mark.parametrize("kind", [all_tokens, first_tokens])
@@ -155,7 +158,7 @@ def test_filler_has_no_context_and_a_gradient_of_exactly_zero(
 ) -> None:
     """Whatever lies in its memory, NaN too; more of it than a block has rows."""
     lengths, filler = [5, 20], 100
-    qkv, upstream = (x.to(device) for x in inputs(lengths, filler, 32))
+    qkv, upstream = (x.to(device, EXACT) for x in inputs(lengths, filler, 32))
     qkv[25:] = float("nan")
     where = counters_of(lengths, filler, device)
     context, gradient = differentiate(
@@ -181,8 +184,10 @@ def test_a_text_has_the_same_mask_in_whatever_batch_it_comes(
     def contexts(lengths: list[int], draws: list[int], filler: int) -> list[Tensor]:
         rows = sum(lengths) + filler
         where = counters_of(lengths, filler, device)
-        qkv = torch.zeros(rows, 3, HEADS, 32, device=device)
-        qkv[:, 2] = torch.eye(32, device=device)[where.positions_T.long() % 32][:, None]
+        qkv = torch.zeros(rows, 3, HEADS, 32, device=device, dtype=EXACT)
+        qkv[:, 2] = torch.eye(32, device=device, dtype=EXACT)[where.positions_T.long() % 32][
+            :, None
+        ]
         qkv = qkv.flatten(1)
         of_text = torch.tensor(draws, dtype=torch.int32, device=device)
         where.draws_T[: sum(lengths)] = of_text.repeat_interleave(
@@ -203,7 +208,7 @@ def test_the_first_tokens_mask_is_the_first_row_of_the_full_attentions(
     device: torch.device,
 ) -> None:
     lengths = [9, 30, 2]
-    qkv = inputs(lengths, 0, 32)[0].to(device)
+    qkv = inputs(lengths, 0, 32)[0].to(device, EXACT)
     layout, where = layout_of(lengths, device), counters_of(lengths, 0, device)
     full = all_tokens(0.4)(qkv, layout, "triton", where)[layout.first_tokens_B]
     torch.testing.assert_close(first_tokens(0.4)(qkv, layout, "triton", where), full)

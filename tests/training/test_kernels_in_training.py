@@ -103,5 +103,7 @@ def test_ten_steps_with_and_without_kernels_have_the_same_losses(
     if dtype == torch.float32:  # in 16 bits, the norm of a small gradient is mostly roundings
         torch.testing.assert_close(norms[2], norms[1], rtol=10 * TOLERANCE[dtype], atol=0)
     # Else torch could have been compared with torch. In stage 1 the embeddings are frozen.
-    frozen = {"embedding._backward_kernel"} if stage == 1 else set()
-    assert launched == kernel_names - frozen
+    without = {"embedding._backward_kernel"} if stage == 1 else set()
+    if dtype == torch.float32 and torch.cuda.is_available():  # attention's are for 16 bits there
+        without |= {name for name in kernel_names if name.startswith("attention.")}
+    assert launched == kernel_names - without

@@ -118,8 +118,9 @@ def cache_features(
     # Of no seed, so that a seed's result does not depend on which others share them.
     state, generator = TrainingState(0, model), torch.Generator(model.device)
     found = []
-    for state.epoch in range(num_epochs):
-        masks = seed_masks(state, SHARED_TRUNK_STREAM, state.epoch, 0, generator, impl)
+    for epoch in range(num_epochs):
+        state.epoch = epoch
+        masks = seed_masks(state, SHARED_TRUNK_STREAM, epoch, 0, generator, impl)
         found.append(compute_features(work, store, rows_N, num_layers, masks))
     return found
 
@@ -133,8 +134,6 @@ class Window:
     features: Features
     batches: list[np.ndarray]
     """Of each step, the rows of its texts in `features.store`."""
-    first_draw: int
-    """Texts that the epoch had drawn before the window's."""
 
 
 class FrozenTrunk:
@@ -174,7 +173,7 @@ class FrozenTrunk:
         """
         if self._given:
             features = self._given[state.epoch % len(self._given)]
-            return Window(state.step - state.batch, features, list(batches), 0)
+            return Window(state.step - state.batch, features, list(batches))
         window = self._window
         if window is None or not 0 <= state.step - window.first_step < len(window.batches):
             window = self._window = self._compute_window(state, batches)
@@ -200,4 +199,4 @@ class FrozenTrunk:
         )
         self._hidden_ED = features.hidden_ED
         ends = np.cumsum([*map(len, rows)])
-        return Window(first_step, features, np.split(np.arange(ends[-1]), ends[:-1]), first_draw)
+        return Window(first_step, features, np.split(np.arange(ends[-1]), ends[:-1]))
