@@ -266,10 +266,10 @@ def test_the_trunk_is_cached_once_for_all_seeds_and_epochs_and_without_dropout(
     computed: list[int] = []
     original = trunk.compute_features
 
-    def spy(*arguments: object) -> trunk.Features:
+    def spy(*arguments: object, **named: object) -> trunk.Features:
         computed.append(len(arguments[2]))  # type: ignore[arg-type]
-        assert (len(arguments) == 4) == cached_now, "a fifth turns dropout on"
-        return original(*arguments)  # type: ignore[arg-type]
+        assert (arguments[4] is None) == cached_now, "the fifth turns dropout on"
+        return original(*arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(trunk, "compute_features", spy)
     recipe = replace(RECIPE, epochs_stage_1=3, learning_rate_stage_1=1e-2)
@@ -289,8 +289,8 @@ def test_the_trunk_is_shared_by_all_seeds_with_new_masks_in_each_epoch(
     computed: list[torch.Tensor] = []
     original = trunk.compute_features
 
-    def spy(*arguments: object) -> trunk.Features:
-        features = original(*arguments)  # type: ignore[arg-type]
+    def spy(*arguments: object, **named: object) -> trunk.Features:
+        features = original(*arguments, **named)  # type: ignore[arg-type]
         computed.append(features.hidden_ED)
         return features
 

@@ -136,14 +136,25 @@ def train_one_seed(
 
 
 def compute_stage_1_features(
-    checkpoint: Checkpoint, data: Datasets, recipe: Recipe, device: torch.device
+    checkpoint: Checkpoint,
+    data: Datasets,
+    recipe: Recipe,
+    device: torch.device,
+    show_progress: bool = False,
 ) -> Sequence[Features]:
     """What stage 1 leaves frozen is the same for all seeds: compute its output once for them."""
     model = build_model(checkpoint, data.num_classes, torch.Generator()).to(device)
     freeze_below_top(model, recipe.stage_1_layers)
     dtype = choose_precision(recipe.precision, device)
     num_epochs = recipe.epochs_stage_1 if recipe.share_trunk else None
-    return cache_features(model, data.stage_1.store, dtype, recipe.kernels, num_epochs)
+    return cache_features(
+        model,
+        data.stage_1.store,
+        dtype,
+        recipe.kernels,
+        num_epochs,
+        show_progress=show_progress,
+    )
 
 
 def freeze_below_top(model: BertClassifier, num_layers: int) -> None:
@@ -209,7 +220,7 @@ def train_two_stage(
     train_data, test_data, *more = map(StageData, stores, labels)
     data = Datasets(train_data, more[0] if more else train_data, test_data, len(classes))
     if recipe.has_stage_1 and (recipe.cache_trunk or recipe.share_trunk):
-        features = compute_stage_1_features(checkpoint, data, recipe, device)
+        features = compute_stage_1_features(checkpoint, data, recipe, device, show_progress)
         data = replace(data, stage_1_features=features)
 
     result = Result(classes, tuple(train_data.class_counts(len(classes))))

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..data.packing import PackedBatch, TokenStore, pack
 from ..data.samplers import cut_by_tokens, length_sorted_batches
 from ..model.bert import BertClassifier
+from ..progress import Bar, progress_bar
 from .evaluation import tokens_at_once
 from .masks import Masks, seed_masks
 from .precision import cast_model
@@ -63,10 +64,13 @@ def compute_features(
     num_layers: int,
     masks: Masks | None = None,
     hidden_ED: Tensor | None = None,
+    *,
+    bar: Bar | None = None,
 ) -> Features:
     """Features of the texts `rows_N` of the store, in that order; a row may come repeatedly.
 
     masks: turns dropout on. hidden_ED: where to put the hidden states, if there are rows enough.
+    bar: counts texts.
     """
     lengths_N = store.lengths[torch.from_numpy(rows_N)]
     offsets = torch.cat([lengths_N.new_zeros(1), lengths_N.cumsum(0)])
@@ -89,6 +93,8 @@ def compute_features(
         )
         hidden_ED[done : done + batch.num_tokens] = encoded_TD[: batch.num_tokens]
         done += batch.num_tokens
+        if bar is not None:
+            bar.update(len(texts))
     # Token t of text n is at first_row_n + (t - offsets_n).
     shift_N = first_row_N - offsets[:-1]
     ids = torch.arange(num_tokens) + shift_N.repeat_interleave(lengths_N)
@@ -101,6 +107,8 @@ def cache_features(
     dtype: torch.dtype,
     impl: str = "auto",
     num_epochs: int | None = None,
+    *,
+    show_progress: bool = False,
 ) -> list[Features]:
     """Features of every text of the store, by row, to be used by several seeds.
 
@@ -113,15 +121,16 @@ def cache_features(
         return []
     work = cast_model(model.bert.config, dict(model.named_parameters()), dtype, impl)
     rows_N = np.arange(len(store))
-    if num_epochs is None:
-        return [compute_features(work, store, rows_N, num_layers)]
     # Of no seed, so that a seed's result does not depend on which others share them.
     state, generator = TrainingState(0, model), torch.Generator(model.device)
-    found = []
-    for epoch in range(num_epochs):
-        state.epoch = epoch
-        masks = seed_masks(state, SHARED_TRUNK_STREAM, epoch, 0, generator, impl)
-        found.append(compute_features(work, store, rows_N, num_layers, masks))
+    found: list[Features] = []
+    total = len(store) * (num_epochs or 1)
+    with progress_bar("frozen layers", total, "text", show_progress) as bar:
+        for epoch in range(num_epochs or 1):
+            masks, state.epoch = None, epoch
+            if num_epochs is not None:
+                masks = seed_masks(state, SHARED_TRUNK_STREAM, epoch, 0, generator, impl)
+            found.append(compute_features(work, store, rows_N, num_layers, masks, bar=bar))
     return found
 
 
