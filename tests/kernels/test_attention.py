@@ -214,6 +214,38 @@ def test_the_first_tokens_mask_is_the_first_row_of_the_full_attentions(
     torch.testing.assert_close(first_tokens(0.4)(qkv, layout, "triton", where), full)
 
 
+@pytest.mark.parametrize("kind", [all_tokens, first_tokens])
+def test_strided_inputs_and_a_repeated_backward_give_the_same(
+    device: torch.device, kind: Callable[[float], Attention]
+) -> None:
+    lengths = [9, 4]
+    qkv, upstream = (x.to(device, EXACT) for x in inputs(lengths, 0, 32))
+    layout, where = layout_of(lengths, device), counters_of(lengths, 0, device)
+    expected = differentiate(kind(0.2), qkv, upstream, layout, "triton", where)
+    leaf = qkv.T.contiguous().T.requires_grad_()
+    context = kind(0.2)(leaf, layout, "triton", where)
+    strided = upstream[: len(context)].T.contiguous().T
+    for times in (1, 2):
+        context.backward(strided, retain_graph=True)
+        assert leaf.grad is not None
+        torch.testing.assert_close([context, leaf.grad], [expected[0], times * expected[1]])
+
+
+@pytest.mark.parametrize("first_only", [False, True])
+def test_the_operators_pass_torchs_own_checks(device: torch.device, first_only: bool) -> None:
+    lengths = [9, 4]
+    query_TD, key_value_T2D = inputs(lengths, 3, 32)[0].to(device, EXACT).split([64, 128], dim=1)
+    query = query_TD[: 2 if first_only else None].contiguous()
+    key_value_T2D = key_value_T2D.contiguous()
+    where = counters_of(lengths, 3, device)
+    tensors = (layout_of(lengths, device).cu_seqlens, where.key, where.draws_T, where.positions_T)
+    rest = (query, key_value_T2D, *tensors, HEADS, 9, 0.1, 5, first_only)
+    torch.library.opcheck(torch.ops.twostage.short_attention_forward.default, rest)
+    gradients = (torch.zeros_like(query), torch.zeros_like(key_value_T2D))
+    backward = torch.ops.twostage.short_attention_backward_.default
+    torch.library.opcheck(backward, (*gradients, query.clone(), *rest))
+
+
 @pytest.mark.parametrize(("length", "head_size"), [(129, 32), (20, 8)])
 def test_longer_texts_and_other_heads_take_another_way_with_the_same_masks(
     device: torch.device, length: int, head_size: int
