@@ -148,12 +148,7 @@ def compute_stage_1_features(
     dtype = choose_precision(recipe.precision, device)
     num_epochs = recipe.epochs_stage_1 if recipe.share_trunk else None
     return cache_features(
-        model,
-        data.stage_1.store,
-        dtype,
-        recipe.kernels,
-        num_epochs,
-        show_progress=show_progress,
+        model, data.stage_1.store, dtype, recipe.kernels, num_epochs, show_progress=show_progress
     )
 
 

@@ -31,12 +31,7 @@ from torch.nn import functional as F
 
 from ..errors import ModelError
 from ..kernels import use_triton
-from ..kernels.attention import (
-    PackedLayout,
-    first_token_attention,
-    packed_attention,
-    packed_layout,
-)
+from ..kernels.attention import PackedLayout, first_token_attention, packed_attention, packed_layout
 from ..kernels.dropout import DropoutCounters, Randomness
 from ..kernels.embedding import embed_tokens
 from ..kernels.gelu import bias_gelu

@@ -19,13 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import ModelError, TwoStageWarning
-from .bert import (
-    HEAD_SIZE,
-    BertClassifier,
-    BertConfig,
-    assemble_classifier,
-    initialize_linear,
-)
+from .bert import HEAD_SIZE, BertClassifier, BertConfig, assemble_classifier, initialize_linear
 
 SAVED_MODEL_TYPE = "twostage_bert"
 """`model_type` of a saved classifier. Not `bert`: transformers' own BERT classifier, whose head has

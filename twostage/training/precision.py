@@ -172,10 +172,7 @@ class WorkingCopy:
 
 
 def cast_model(
-    config: BertConfig,
-    masters: Mapping[str, nn.Parameter],
-    dtype: torch.dtype,
-    impl: str = "auto",
+    config: BertConfig, masters: Mapping[str, nn.Parameter], dtype: torch.dtype, impl: str = "auto"
 ) -> BertClassifier:
     """A model with these parameters in `dtype`, but embeddings, and norms where that can be, fp32.
 
