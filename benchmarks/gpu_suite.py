@@ -31,12 +31,13 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+import several_seeds
 import torch
 import train_throughput
-from harness import RESULTS, describe_environment, run_child, save
+from harness import RESULTS, describe_environment, describe_place, run_child, run_jobs, save
 from kernel_throughput import describe_kernels, make_kernel_jobs, run_kernel_job
-from several_seeds import GPU_RUNS, SST2_TEXTS, describe_seeds, make_seed_jobs, run_seed_jobs
-from train_throughput import describe, describe_place, make_jobs, run_jobs
+from several_seeds import GPU_RUNS, SST2_TEXTS, describe_seeds, make_seed_jobs
+from train_throughput import describe, make_jobs
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("tests", "kernels", "stage-2", "stage-1", "seeds")
@@ -50,7 +51,7 @@ TESTS = (
 )
 REHEARSED_TESTS = (*TESTS[:2], "tests/kernels/test_gelu.py")
 """The others run among the tests anyway."""
-THROUGHPUT = Path(train_throughput.__file__)
+THROUGHPUT, SEEDS = Path(train_throughput.__file__), Path(several_seeds.__file__)
 RUNS = (
     "ours bf16",
     "ours bf16, Triton",
@@ -123,7 +124,7 @@ def main() -> int:
         keep(kernels=[*record.get("kernels", []), *rows])
     for part in ("stage-2", "stage-1"):
         jobs, before = plan(part, options.rehearse) if part in parts else [], record["rows"]
-        for rows in run_jobs(jobs, slack * SECONDS[part], slack * SECONDS["case"]):
+        for rows in run_jobs(THROUGHPUT, jobs, slack * SECONDS[part], slack * SECONDS["case"]):
             row = rows[-1]
             print(f"{row['run']}, stage {row['stage']}, batch {row['batch_size']}", flush=True)
             keep(rows=[*before, *rows])
@@ -133,7 +134,7 @@ def main() -> int:
         if options.rehearse:
             what = (GPU_RUNS[:1], "tiny", "", device, 12, 2)
         jobs = make_seed_jobs(*what)
-        for rows in run_seed_jobs(jobs, slack * SECONDS["seeds"]):
+        for rows in run_jobs(SEEDS, jobs, slack * SECONDS["seeds"]):
             keep(seeds=rows)
 
     print(

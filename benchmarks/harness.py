@@ -7,12 +7,13 @@ are random: zeros can run faster than real data.
 
 import gc
 import json
+import math
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -222,6 +223,30 @@ def run_child(script: Path, job: dict[str, Any], timeout: float) -> dict[str, An
     return {"error": (named or lines)[-1][:500], "stderr": "\n".join(lines)[-3_000:]}
 
 
+def run_jobs(
+    script: Path,
+    jobs: Sequence[dict[str, Any]],
+    seconds: float = math.inf,
+    seconds_a_job: float = 1_200,
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows so far, after each job; what is left when the time is up is an error in its row."""
+    deadline = perf_counter() + seconds
+    rows: list[dict[str, Any]] = []
+    for job in jobs:
+        left = deadline - perf_counter()
+        result = {"error": "no time left"}
+        if left > 0:
+            result = run_child(script, job, min(left, seconds_a_job))
+        rows.append(job | result)
+        yield rows
+
+
+def put(module: object, name: str, stand_in: object) -> None:
+    """Replace what is there; where the name is gone, that is an error."""
+    assert hasattr(module, name), f"{module} has no {name}"
+    setattr(module, name, stand_in)
+
+
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A table whose numeric columns are aligned to the right."""
     lines = [f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |" for row in rows]
@@ -234,6 +259,12 @@ def save(folder: Path, name: str, markdown: str, record: dict[str, Any]) -> None
     for end, content in (("md", markdown), ("json", json.dumps(record))):
         with replacing(folder / f"{name}.{end}") as file:
             file.write(content + "\n")
+
+
+def describe_place(record: dict[str, Any]) -> str:
+    """`cpu`, or the GPU's name, for a file's name."""
+    machine = record["machine"]
+    return "cpu" if "amx_bf16" in machine else machine["device"].replace(" ", "-")
 
 
 def _rival_versions() -> dict[str, str]:

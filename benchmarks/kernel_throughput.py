@@ -34,6 +34,7 @@ import torch
 from harness import (
     RESULTS,
     describe_environment,
+    describe_place,
     markdown_table,
     measure_limits,
     run_child,
@@ -42,7 +43,6 @@ from harness import (
 )
 from torch import Tensor
 from torch.nn import functional as F
-from train_throughput import describe_place
 
 from twostage.kernels.adamw import adamw_, reference_adamw_
 from twostage.kernels.attention import packed_attention, packed_layout

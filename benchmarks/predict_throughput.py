@@ -21,7 +21,6 @@ one text at a time.
 Shapes: N texts, C classes.
 """
 
-import argparse
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,17 +32,17 @@ from typing import Any
 import numpy as np
 import torch
 from harness import (
-    RESULTS,
     MemoryPeak,
     describe_environment,
+    describe_place,
     markdown_table,
     measure_limits,
     run_child,
     save,
 )
 from safetensors.torch import save_file
-from train_throughput import describe_limits, describe_place, share
-from workload import CLS, MODELS, SEP, SHAPES, needed_flops, random_checkpoint, random_texts
+from train_throughput import describe_limits, share
+from workload import CLS, SEP, SHAPES, make_parser, needed_flops, random_checkpoint, random_texts
 
 from twostage.assets.data_sets import fetch_demo
 from twostage.data.tables import read_table, write_table
@@ -79,16 +78,11 @@ Tokenize = Callable[[Texts], object]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="minilm", choices=MODELS)
-    parser.add_argument("--data", type=Path, default=Path("demo"), help="the demo's folder")
-    parser.add_argument("--device", default="auto")
+    parser = make_parser(__doc__)
     parser.add_argument("--runs", help=f"some of: {'; '.join(RUNS)} (default: all that make sense)")
     parser.add_argument("--texts", type=int, default=4_000)
     parser.add_argument("--warmup", type=int, default=256, help="texts before the clock")
     parser.add_argument("--repeats", type=int, default=3, help="times that all are predicted")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
         print(json.dumps(run_job(json.loads(options.job))))

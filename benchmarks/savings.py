@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 import train_throughput
-from harness import RESULTS, describe_environment, markdown_table, run_child, save
+from harness import RESULTS, describe_environment, markdown_table, put, run_jobs, save
 from torch import Tensor
 from train_throughput import make_jobs, run_job
+from workload import MODELS
 
 from twostage.assets.data_sets import fetch_demo
 from twostage.data.packing import pack
@@ -26,12 +27,6 @@ from twostage.kernels import dropout, padded_attention, residual_norm
 from twostage.kernels.attention import PackedLayout
 from twostage.model import bert
 from twostage.training import stage
-
-
-def put(module: object, name: str, stand_in: object) -> None:
-    """Replace what is there; a name that is gone would take nothing out."""
-    assert hasattr(module, name), f"{module} has no {name}"
-    setattr(module, name, stand_in)
 
 
 def keep_the_whole_vocabulary() -> None:
@@ -136,7 +131,7 @@ SAVINGS: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="minilm", choices=train_throughput.MODELS)
+    parser.add_argument("--model", default="minilm", choices=MODELS)
     parser.add_argument("--data", type=Path, default=Path("demo"), help="the demo's folder")
     parser.add_argument("--batch-sizes", default="16,64")
     parser.add_argument("--texts", type=int, default=960, help="on the clock, in every case")
@@ -153,9 +148,9 @@ def main() -> None:
         fetch_demo(options.data)
     record = describe_environment("cpu")
     sizes = [int(size) for size in options.batch_sizes.split(",")]
-    rows = record["rows"] = []
-    for job in plan(options.model, str(options.data), sizes, options.texts):
-        rows.append(job | run_child(Path(__file__), job, 300))
+    jobs = plan(options.model, str(options.data), sizes, options.texts)
+    for rows in run_jobs(Path(__file__), jobs, seconds_a_job=300):
+        record["rows"] = rows
         print(json.dumps(rows[-1]), flush=True)
         save(options.output, f"savings-{options.model}-cpu", describe(record), record)
     print(f"\n{describe(record)}\n\n{json.dumps(record)}")

@@ -11,25 +11,23 @@ between tokenising and writing: building the models, both stages, one epoch each
 `bert-base` has 45,082 texts, as many as SST-2 has at rate 0.2, with the lengths of SST-2's.
 """
 
-import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 from harness import (
-    RESULTS,
     MemoryPeak,
     describe_environment,
+    describe_place,
     markdown_table,
-    run_child,
+    run_jobs,
     save,
     synchronize,
 )
-from train_throughput import describe_place
-from workload import MODELS, SHAPES, Workload, make_workload, random_checkpoint, sst2_texts
+from workload import SHAPES, Workload, make_parser, make_workload, random_checkpoint, sst2_texts
 
 from twostage.assets.data_sets import fetch_demo
 from twostage.data.packing import TokenStore
@@ -57,14 +55,9 @@ GPU_RUNS = ("graphs, one trunk for all", "graphs", "kernels", "one trunk for all
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="minilm", choices=MODELS)
-    parser.add_argument("--data", type=Path, default=Path("demo"), help="the demo's folder")
-    parser.add_argument("--device", default="auto")
+    parser = make_parser(__doc__)
     parser.add_argument("--texts", type=int, help=f"(default: {SST2_TEXTS:,}; minilm: 1,600)")
     parser.add_argument("--seeds", type=int, default=len(SEEDS), help="how many")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
         print(json.dumps(run_job(json.loads(options.job))))
@@ -78,7 +71,7 @@ def main() -> None:
     )
     record = describe_environment(options.device)
     name = f"several_seeds-{options.model}-{describe_place(record)}"
-    for rows in run_seed_jobs(jobs, 7_200):
+    for rows in run_jobs(Path(__file__), jobs, 7_200, 7_200):
         record["rows"] = rows
         print(json.dumps(rows[-1]), flush=True)
         save(options.output, name, describe_seeds(rows), record)
@@ -91,17 +84,6 @@ def make_seed_jobs(
     """A case each."""
     common = {"model": model, "data": data, "device": device, "texts": texts, "seeds": seeds}
     return [{"run": run} | common for run in runs]
-
-
-def run_seed_jobs(jobs: list[dict[str, Any]], seconds: float) -> Iterator[list[dict[str, Any]]]:
-    """The rows so far, after each case; what is left when the time is up is an error in its row."""
-    deadline = perf_counter() + seconds
-    rows: list[dict[str, Any]] = []
-    for job in jobs:
-        left = deadline - perf_counter()
-        result = run_child(Path(__file__), job, left) if left > 0 else {"error": "no time left"}
-        rows.append(job | result)
-        yield rows
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,6 @@ rates and dropout; only the dropout masks differ, and so the F1s do a little. Ea
 once a round, all in turn, for `--repeats` rounds; the table has the median round of each.
 """
 
-import argparse
 import csv
 import json
 import subprocess
@@ -31,10 +30,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import RESULTS, StepClock, describe_environment, markdown_table, save
+from harness import StepClock, describe_environment, describe_place, markdown_table, save
 from predict_throughput import MAX_LENGTH, prepare_folder
-from train_throughput import describe_place
-from workload import MODELS
+from workload import make_parser
 
 from twostage.data.downsampling import downsample
 from twostage.data.samplers import random_batches
@@ -55,17 +53,12 @@ TIMEOUT = 1_800.0
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="minilm", choices=MODELS)
-    parser.add_argument("--data", type=Path, default=Path("demo"), help="the demo's folder")
-    parser.add_argument("--device", default="auto")
+    parser = make_parser(__doc__)
     parser.add_argument("--runs", default="; ".join(RUNS), help="some of these")
     parser.add_argument("--rows", type=int, default=1_600, help="to train on")
     parser.add_argument("--test-rows", type=int, default=1_000)
     parser.add_argument("--rate", type=float, default=0.2, help="tail texts for each other one")
     parser.add_argument("--repeats", type=int, default=3, help="rounds")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
         print(json.dumps(run_peer(json.loads(options.job))))

@@ -32,10 +32,8 @@ the least work of the recipe would take (`needed_flops` in `workload.py`: real t
 is frozen or unread). `copy`: the same for the bytes of weights and optimizer (`needed_bytes`).
 """
 
-import argparse
 import json
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -46,18 +44,20 @@ from typing import Any
 import numpy as np
 import torch
 from harness import (
-    RESULTS,
     Enough,
     MemoryPeak,
     StepClock,
     describe_environment,
+    describe_place,
     markdown_table,
     measure_limits,
+    put,
     run_child,
+    run_jobs,
     save,
     synchronize,
 )
-from workload import MODELS, Workload, make_workload, needed_bytes, needed_flops
+from workload import Workload, make_parser, make_workload, needed_bytes, needed_flops
 
 from twostage.assets.data_sets import fetch_demo
 from twostage.data.samplers import random_batches
@@ -95,18 +95,13 @@ MIN_STEPS = 6
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--model", default="minilm", choices=MODELS)
-    parser.add_argument("--data", type=Path, default=Path("demo"), help="the demo's folder")
-    parser.add_argument("--device", default="auto")
+    parser = make_parser(__doc__)
     parser.add_argument("--runs", help=f"some of: {'; '.join(RUNS)} (default: all that make sense)")
     parser.add_argument("--stages", default="1,2")
     parser.add_argument("--batch-sizes", help="(default: 16,64, and on a CPU 256)")
     parser.add_argument("--warmup", type=int, default=8, help="steps before the clock")
     parser.add_argument("--texts", type=int, default=960, help="on the clock, in every case")
     parser.add_argument("--profile", action="store_true", help="of ours alone, to the screen alone")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
         print(json.dumps(run_job(json.loads(options.job))))
@@ -134,7 +129,7 @@ def main() -> None:
         )
     ]
     if options.profile:
-        for rows in run_jobs(profiles):
+        for rows in run_jobs(Path(__file__), profiles):
             print(f"{describe_profile(rows[-1])}\n", flush=True)
         return
     jobs = []
@@ -149,7 +144,7 @@ def main() -> None:
     record = describe_environment(options.device)
     record["limits"] = run_child(Path(__file__), {"limits": "full", "device": options.device}, 300)
     name = f"train_throughput-{options.model}-{describe_place(record)}"
-    for rows in run_jobs(jobs):
+    for rows in run_jobs(Path(__file__), jobs):
         record["rows"] = rows
         print(json.dumps(rows[-1]), flush=True)
         save(options.output, name, describe(record), record)
@@ -188,27 +183,6 @@ def cpu_runs(stage: int, batch_size: int) -> list[str]:
     if batch_size > 16:
         return [name for name in runs if name not in ("ours fp32", "P1 fp32", *WARM_UP)]
     return runs
-
-
-def run_jobs(
-    jobs: list[dict[str, Any]], seconds: float = math.inf, seconds_a_job: float = 1_200
-) -> Iterator[list[dict[str, Any]]]:
-    """The rows so far, after each job; what is left when the time is up is an error in its row."""
-    deadline = perf_counter() + seconds
-    rows: list[dict[str, Any]] = []
-    for job in jobs:
-        left = deadline - perf_counter()
-        result = {"error": "no time left"}
-        if left > 0:
-            result = run_child(Path(__file__), job, min(left, seconds_a_job))
-        rows.append(job | result)
-        yield rows
-
-
-def describe_place(record: dict[str, Any]) -> str:
-    """`cpu`, or the GPU's name, for a file's name."""
-    machine = record["machine"]
-    return "cpu" if "amx_bf16" in machine else machine["device"].replace(" ", "-")
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:
@@ -427,7 +401,7 @@ def tick_after_each_step(clock: StepClock, loss_function: Loss, device: torch.de
             clock.tick(last_loss.clone())
             return super().report(*arguments)
 
-    stage_module.Monitor = TickingMonitor  # type: ignore[misc]
+    put(stage_module, "Monitor", TickingMonitor)
     return watched
 
 
@@ -449,7 +423,7 @@ def compile_layers(backend: str) -> None:
     ):
         setattr(module, name, torch.compiler.disable(getattr(module, name)))
     forward = torch.compile(bert.BertLayer.forward, dynamic=True, backend=backend)
-    bert.BertLayer.forward = forward  # type: ignore[method-assign]
+    put(bert.BertLayer, "forward", forward)
 
 
 def make_profiler(device: torch.device) -> torch.profiler.profile:

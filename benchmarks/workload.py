@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from harness import RESULTS
 
 from twostage.assets.data_sets import fetch_demo
 from twostage.data.downsampling import downsample
@@ -44,6 +45,20 @@ NUM_RANDOM_TEXTS = {"bert-base": 8_000, "tiny": 240}
 TAIL_RATE = 0.2
 """Texts of the tail class for each text of the other."""
 CLS, SEP = 101, 102
+
+
+def make_parser(doc: str) -> argparse.ArgumentParser:
+    """What every benchmark on these texts can be told.
+
+    doc: the benchmark's docstring. `--job` is for its own child processes.
+    """
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("--model", default="minilm", choices=MODELS)
+    parser.add_argument("--data", type=Path, default=Path("demo"), help="the demo's folder")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    return parser
 
 
 @dataclass(frozen=True)

@@ -223,7 +223,7 @@ class _ShortAttention(torch.autograd.Function):
         site: int,
     ) -> Tensor:
         qkv_T3D = qkv_T3D.contiguous()
-        tensors = (layout.cu_seqlens, *counter_tensors(randomness, p))
+        tensors = (layout.cu_seqlens, *counter_tensors(randomness, p)[:2])
         ctx.save_for_backward(qkv_T3D, *tensors)
         ctx.numbers = (num_heads, layout.max_length, p, site)
         context_TD: Tensor = _forward(*_split(qkv_T3D), *tensors, *ctx.numbers, False)
@@ -258,7 +258,7 @@ class _ShortFirstTokenAttention(torch.autograd.Function):
         site: int,
     ) -> Tensor:
         query_BD, key_value_T2D = query_BD.contiguous(), key_value_T2D.contiguous()
-        tensors = (layout.cu_seqlens, *counter_tensors(randomness, p))
+        tensors = (layout.cu_seqlens, *counter_tensors(randomness, p)[:2])
         ctx.save_for_backward(query_BD, key_value_T2D, *tensors)
         ctx.numbers = (num_heads, layout.max_length, p, site)
         context_BD: Tensor = _forward(query_BD, key_value_T2D, *tensors, *ctx.numbers, True)
@@ -313,8 +313,7 @@ def _fake_forward(query: Tensor, *_: Any) -> Tensor:
 
 @torch_operator(
     "short_attention_forward(Tensor query, Tensor key_value, Tensor cu_seqlens, Tensor? key, "
-    "Tensor? draws, Tensor? positions, int num_heads, int max_length, float p, int site, "
-    "bool first_only) -> Tensor",
+    "Tensor? draws, int num_heads, int max_length, float p, int site, bool first_only) -> Tensor",
     fake=_fake_forward,
 )
 def _forward(
@@ -323,7 +322,6 @@ def _forward(
     cu_seqlens: Tensor,
     key: Tensor | None,
     draws_T: Tensor | None,
-    positions_T: Tensor | None,
     num_heads: int,
     max_length: int,
     p: float,
@@ -495,7 +493,7 @@ def _forward_kernel(
 @torch_operator(
     "short_attention_backward_(Tensor(a!) dquery, Tensor(b!) dkey_value, Tensor upstream, "
     "Tensor query, Tensor key_value, Tensor cu_seqlens, Tensor? key, Tensor? draws, "
-    "Tensor? positions, int num_heads, int max_length, float p, int site, bool first_only) -> ()",
+    "int num_heads, int max_length, float p, int site, bool first_only) -> ()",
     fake=lambda *_: None,
 )
 def _backward_(
@@ -507,7 +505,6 @@ def _backward_(
     cu_seqlens: Tensor,
     key: Tensor | None,
     draws_T: Tensor | None,
-    positions_T: Tensor | None,
     num_heads: int,
     max_length: int,
     p: float,

@@ -96,7 +96,7 @@ def dropout_mask_at(
 ) -> tuple[Tensor, float]:
     """`dropout_mask` of single elements, named by counters whose shapes broadcast to the mask's.
 
-    Eight times the work for each, of which seven eighths are thrown away: to check others by.
+    Eight times the work for each, of which seven eighths are thrown away: for where no kernel is.
     """
     drop_below, scale = lane_threshold(p)
     features = features.long()

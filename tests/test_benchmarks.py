@@ -21,6 +21,7 @@ from twostage.training import trunk as trunk_module
 from twostage.training.trunk import compute_features
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+TRAIN_THROUGHPUT = BENCHMARKS / "train_throughput.py"
 
 
 @pytest.fixture
@@ -67,7 +68,7 @@ def test_without_dropout_every_rival_has_our_losses(
         tolerance = 1e-4 if "fp32" in run else 5e-3
         assert abs(ours - untrained) > 4 * tolerance * ours
         if settings.get("compiled"):  # leaves traces in its process
-            ((result,),) = train_throughput.run_jobs([job(run)])
+            ((result,),) = train_throughput.run_jobs(TRAIN_THROUGHPUT, [job(run)])
         else:
             result = train_throughput.run_job(job(run))
         assert result.get("mean_loss") == pytest.approx(ours, rel=tolerance), (run, result)
@@ -246,13 +247,13 @@ def test_a_case_that_fails_or_hangs_is_a_row_with_its_reason(
 ) -> None:
     common = {"run": "ours fp32", "stage": 2, "batch_size": 4, "steps": 2, "warmup": 1}
     jobs = [common | {"model": model, "data": "", "device": "cpu"} for model in ("none", "tiny")]
-    *_, rows = train_throughput.run_jobs(jobs)
+    *_, rows = train_throughput.run_jobs(TRAIN_THROUGHPUT, jobs)
     assert rows[0]["error"] == "KeyError: 'none'"
     assert "Traceback" in rows[0]["stderr"]
     assert rows[1]["examples_per_second"] > 0
-    *_, rows = train_throughput.run_jobs(jobs, seconds_a_job=0.01)
+    *_, rows = train_throughput.run_jobs(TRAIN_THROUGHPUT, jobs, seconds_a_job=0.01)
     assert [row["error"] for row in rows] == ["took longer than 0 s"] * 2
-    *_, rows = train_throughput.run_jobs(jobs, seconds=0.0)
+    *_, rows = train_throughput.run_jobs(TRAIN_THROUGHPUT, jobs, seconds=0.0)
     assert [row["error"] for row in rows] == ["no time left"] * 2
 
 

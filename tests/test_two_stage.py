@@ -4,6 +4,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -266,10 +267,10 @@ def test_the_trunk_is_cached_once_for_all_seeds_and_epochs_and_without_dropout(
     computed: list[int] = []
     original = trunk.compute_features
 
-    def spy(*arguments: object, **named: object) -> trunk.Features:
-        computed.append(len(arguments[2]))  # type: ignore[arg-type]
+    def spy(*arguments: Any, **named: Any) -> trunk.Features:
+        computed.append(len(arguments[2]))
         assert (arguments[4] is None) == cached_now, "the fifth turns dropout on"
-        return original(*arguments, **named)  # type: ignore[arg-type]
+        return original(*arguments, **named)
 
     monkeypatch.setattr(trunk, "compute_features", spy)
     recipe = replace(RECIPE, epochs_stage_1=3, learning_rate_stage_1=1e-2)
@@ -289,8 +290,8 @@ def test_the_trunk_is_shared_by_all_seeds_with_new_masks_in_each_epoch(
     computed: list[torch.Tensor] = []
     original = trunk.compute_features
 
-    def spy(*arguments: object, **named: object) -> trunk.Features:
-        features = original(*arguments, **named)  # type: ignore[arg-type]
+    def spy(*arguments: Any, **named: Any) -> trunk.Features:
+        features = original(*arguments, **named)
         computed.append(features.hidden_ED)
         return features
 

@@ -238,7 +238,7 @@ def test_the_operators_pass_torchs_own_checks(device: torch.device, first_only: 
     query = query_TD[: 2 if first_only else None].contiguous()
     key_value_T2D = key_value_T2D.contiguous()
     where = counters_of(lengths, 3, device)
-    tensors = (layout_of(lengths, device).cu_seqlens, where.key, where.draws_T, where.positions_T)
+    tensors = (layout_of(lengths, device).cu_seqlens, where.key, where.draws_T)
     rest = (query, key_value_T2D, *tensors, HEADS, 9, 0.1, 5, first_only)
     torch.library.opcheck(torch.ops.twostage.short_attention_forward.default, rest)
     gradients = (torch.zeros_like(query), torch.zeros_like(key_value_T2D))

@@ -47,12 +47,18 @@ class PackedBatch:
     """[T] int32; filler is 0."""
     position_ids_T: Tensor
     """[T] int32, from 0 in each text; filler is 0."""
-    cu_seqlens: Tensor
-    """[B+1] int32, from 0 to `num_tokens`."""
     layout: PackedLayout
-    """For attention."""
-    num_tokens: int
-    """Real tokens, without filler."""
+    """Where the texts lie."""
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """[B+1] int32, from 0 to `num_tokens`."""
+        return self.layout.cu_seqlens
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, without filler."""
+        return self.layout.num_real_tokens
 
     def inputs(self) -> dict[str, Any]:
         """The batch as keyword arguments of `BertClassifier.forward`."""
@@ -100,9 +106,7 @@ def pack(
     return PackedBatch(
         send(input_ids_T, device),
         send(position_ids_T, device),
-        on_device,
         PackedLayout(on_device, on_device[:-1].long(), int(lengths_B.max()), cu_seqlens),
-        num_tokens,
     )
 
 

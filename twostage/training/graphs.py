@@ -115,7 +115,7 @@ class StepGraphs:
     def replay(self, bucket: Bucket, step: int, find_run: Callable[[], Run]) -> None:
         """Take step number `step` of the stage. find_run: the run that it is in."""
         if step not in self._steps:
-            self._lay_out(find_run())
+            self._begin_run(find_run())
         assert self._tables is not None
         is_compiled = bucket.max_length in self._compiled
         if self._has_graphs and is_compiled and bucket not in self._graphs:
@@ -135,7 +135,7 @@ class StepGraphs:
             graph.reset()
         self._graphs.clear()
 
-    def _lay_out(self, run: Run) -> None:
+    def _begin_run(self, run: Run) -> None:
         """Put a run where the graphs look for it."""
         tables = _lay_out(run, self._batch_size, self._learning_rate_at)
         filler = self.buckets[0].num_tokens

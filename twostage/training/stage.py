@@ -124,14 +124,13 @@ def train_stage(
     model, device = state.model, state.model.device
     lengths_N = data.store.lengths.numpy()
 
-    def batches_of(epoch: int) -> list[np.ndarray]:
-        order = (state.seed, state.stage)
-        return epoch_batches(
-            settings.sampler, data.labels_N, lengths_N, settings.batch_size, order, epoch
-        )
-
+    order = (state.seed, state.stage)
+    epochs = [
+        epoch_batches(settings.sampler, data.labels_N, lengths_N, settings.batch_size, order, epoch)
+        for epoch in range(settings.epochs)
+    ]
     # Counted, not computed: epochs of the token-budget sampler differ by a batch or two.
-    total_steps = sum(len(batches_of(epoch)) for epoch in range(settings.epochs))
+    total_steps = sum(map(len, epochs))
     schedule_steps = settings.schedule_steps or total_steps
     monitor = Monitor(state, total_steps, device)
 
@@ -191,13 +190,12 @@ def train_stage(
         if settings.graphs:
             head_size = model.bert.config.head_size
             assert takes_short_texts(head_size, settings.dtype, device), "the recipe has checked it"
-            all_batches = chain.from_iterable(map(batches_of, range(settings.epochs)))
-            graphs = StepGraphs(take_step, all_batches, lengths_N, learning_rate_at, device)
+            graphs = StepGraphs(take_step, chain(*epochs), lengths_N, learning_rate_at, device)
             at_the_end.callback(graphs.close)
 
         bar.update(state.step)
         while state.epoch < settings.epochs:
-            batches = batches_of(state.epoch)
+            batches = epochs[state.epoch]
             feed.begin_epoch(batches)
             while state.batch < len(batches):
                 rows_B = batches[state.batch]
@@ -213,8 +211,8 @@ def train_stage(
                 bar.update(1)
                 bad_step = monitor.find_bad_step()
                 if bad_step is not None:
-                    _return_to(state, bad_step, [batches_of(e) for e in range(state.epoch + 1)])
-                    rows = batches_of(state.epoch)[state.batch]
+                    _return_to(state, bad_step, epochs)
+                    rows = epochs[state.epoch][state.batch]
                     raise NonFiniteError(_describe_bad_step(state, rows))
                 report = monitor.report(len(rows_B), learning_rate)
                 if report is not None:

@@ -141,7 +141,7 @@ class Window:
     first_step: int
     """Of the stage."""
     features: Features
-    batches: list[np.ndarray]
+    batches: Sequence[np.ndarray]
     """Of each step, the rows of its texts in `features.store`."""
 
 
@@ -182,7 +182,7 @@ class FrozenTrunk:
         """
         if self._given:
             features = self._given[state.epoch % len(self._given)]
-            return Window(state.step - state.batch, features, list(batches))
+            return Window(state.step - state.batch, features, batches)
         window = self._window
         if window is None or not 0 <= state.step - window.first_step < len(window.batches):
             window = self._window = self._compute_window(state, batches)
