@@ -146,7 +146,7 @@ def _update(
 ) -> None:
     num_weights = weights_P.numel()
     if num_weights:
-        _adamw_kernel[(-(-num_weights // BLOCK),)](
+        adamw_kernel[(-(-num_weights // BLOCK),)](
             weights_P,
             gradients_P,
             exp_avg_P,
@@ -170,7 +170,7 @@ def _update(
 
 
 @jit
-def _adamw_kernel(
+def adamw_kernel(
     weights_P: "Pointer",
     gradients_P: "Pointer",
     exp_avg_P: "Pointer",

@@ -333,7 +333,7 @@ def _forward(
     block_queries, block_keys = _block_sizes(max_length, first_only)
     drop_below, scale = lane_threshold(p)
     # A text has a program a head, and the filler one more.
-    _forward_kernel[(len(cu_seqlens), num_heads)](
+    attention_forward_kernel[(len(cu_seqlens), num_heads)](
         query,
         key_value_T2D,
         context,
@@ -434,7 +434,7 @@ def _softmax(
 
 
 @jit
-def _forward_kernel(
+def attention_forward_kernel(
     query: "Pointer",
     key_value: "Pointer",
     context: "Pointer",
@@ -514,7 +514,7 @@ def _backward_(
     """Fills the gradients, which lie in memory as what they are the gradients of."""
     block_queries, block_keys = _block_sizes(max_length, first_only)
     drop_below, scale = lane_threshold(p)
-    _backward_kernel[(len(cu_seqlens), num_heads)](
+    attention_backward_kernel[(len(cu_seqlens), num_heads)](
         upstream,
         query,
         key_value_T2D,
@@ -537,7 +537,7 @@ def _backward_(
 
 
 @jit
-def _backward_kernel(
+def attention_backward_kernel(
     upstream: "Pointer",
     query: "Pointer",
     key_value: "Pointer",

@@ -220,7 +220,7 @@ def _forward(
     programs = -(-num_rows // block_rows)
     shares_2P = loss.new_empty(2, programs)
     if num_rows:
-        _forward_kernel[(programs,)](
+        cross_entropy_forward_kernel[(programs,)](
             logits_BC,
             labels_B,
             class_weights_C,
@@ -237,7 +237,7 @@ def _forward(
             num_warps=warps,
             enable_fp_fusion=True,
         )
-        _reduce_kernel[(1,)](
+        cross_entropy_reduce_kernel[(1,)](
             shares_2P,
             loss,
             total_weight,
@@ -253,7 +253,7 @@ def _forward(
 
 
 @jit
-def _forward_kernel(
+def cross_entropy_forward_kernel(
     logits_BC: "Pointer",
     labels_B: "Pointer",
     class_weights_C: "Pointer",
@@ -304,7 +304,7 @@ def _forward_kernel(
 
 
 @jit
-def _reduce_kernel(
+def cross_entropy_reduce_kernel(
     shares_2P: "Pointer",
     loss: "Pointer",
     total_weight: "Pointer",
@@ -340,7 +340,7 @@ def _backward(
     scaled_BC = _fake_backward(gradient_BC, total_weight, upstream, dtype)
     count = gradient_BC.numel()
     if count:
-        _backward_kernel[(-(-count // BLOCK),)](
+        cross_entropy_backward_kernel[(-(-count // BLOCK),)](
             gradient_BC,
             total_weight,
             upstream,
@@ -354,7 +354,7 @@ def _backward(
 
 
 @jit
-def _backward_kernel(
+def cross_entropy_backward_kernel(
     gradient_BC: "Pointer",
     total_weight: "Pointer",
     upstream: "Pointer",

@@ -196,7 +196,7 @@ def _forward(
     block_rows, block_width, warps = row_config(num_features)
     drop_below, scale = lane_threshold(p)
     if num_tokens:
-        _forward_kernel[(-(-num_tokens // block_rows),)](
+        embedding_forward_kernel[(-(-num_tokens // block_rows),)](
             input_ids_T,
             position_ids_T,
             word_VD,
@@ -262,7 +262,7 @@ def _gather_rows(
 
 
 @jit
-def _forward_kernel(
+def embedding_forward_kernel(
     input_ids_T: "Pointer",
     position_ids_T: "Pointer",
     word_VD: "Pointer",
@@ -358,7 +358,7 @@ def _backward(
     programs = min(BACKWARD_PROGRAMS, -(-num_tokens // block_rows))
     shares_P3D = word_VD.new_empty(programs, 3, num_features)
     if num_tokens:
-        _backward_kernel[(programs,)](
+        embedding_backward_kernel[(programs,)](
             upstream_TD,
             input_ids_T,
             position_ids_T,
@@ -390,7 +390,7 @@ def _backward(
 
 
 @jit
-def _backward_kernel(
+def embedding_backward_kernel(
     upstream_TD: "Pointer",
     input_ids_T: "Pointer",
     position_ids_T: "Pointer",

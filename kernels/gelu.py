@@ -86,7 +86,7 @@ def _grid(x_TI: Tensor) -> tuple[int, int]:
 def _forward(x_TI: Tensor, bias_I: Tensor) -> Tensor:
     y_TI = torch.empty_like(x_TI)
     if x_TI.numel():
-        _forward_kernel[_grid(x_TI)](
+        gelu_forward_kernel[_grid(x_TI)](
             x_TI,
             bias_I,
             y_TI,
@@ -100,7 +100,7 @@ def _forward(x_TI: Tensor, bias_I: Tensor) -> Tensor:
 
 
 @jit
-def _forward_kernel(
+def gelu_forward_kernel(
     x_TI: "Pointer",
     bias_I: "Pointer",
     y_TI: "Pointer",
@@ -130,7 +130,7 @@ def _backward(upstream_TI: Tensor, x_TI: Tensor, bias_I: Tensor) -> tuple[Tensor
     programs = min(rows, BACKWARD_ROWS)
     shares_PI = x_TI.new_empty(programs, x_TI.shape[1], dtype=torch.float32)
     if x_TI.numel():
-        _backward_kernel[(programs, columns)](
+        gelu_backward_kernel[(programs, columns)](
             upstream_TI,
             x_TI,
             bias_I,
@@ -146,7 +146,7 @@ def _backward(upstream_TI: Tensor, x_TI: Tensor, bias_I: Tensor) -> tuple[Tensor
 
 
 @jit
-def _backward_kernel(
+def gelu_backward_kernel(
     upstream_TI: "Pointer",
     x_TI: "Pointer",
     bias_I: "Pointer",

@@ -220,7 +220,7 @@ def _forward(
     block_rows, block_width, warps = row_config(num_features)
     drop_below, scale = lane_threshold(p)
     if num_rows:
-        _forward_kernel[(-(-num_rows // block_rows),)](
+        residual_norm_forward_kernel[(-(-num_rows // block_rows),)](
             x_TD,
             residual_TD,
             weight_D,
@@ -257,7 +257,7 @@ def norm_gradient(
 
 
 @jit
-def _forward_kernel(
+def residual_norm_forward_kernel(
     x_TD: "Pointer",
     residual_TD: "Pointer",
     weight_D: "Pointer",
@@ -337,7 +337,7 @@ def _backward(
     programs = min(BACKWARD_PROGRAMS, -(-num_rows // block_rows))
     shares_P2D = mean_T.new_empty(programs, 2, num_features)
     if num_rows:
-        _backward_kernel[(programs,)](
+        residual_norm_backward_kernel[(programs,)](
             upstream_TD,
             x_TD,
             residual_TD,
@@ -365,7 +365,7 @@ def _backward(
 
 
 @jit
-def _backward_kernel(
+def residual_norm_backward_kernel(
     upstream_TD: "Pointer",
     x_TD: "Pointer",
     residual_TD: "Pointer",

@@ -202,7 +202,7 @@ def compile_for_targets(
             options=options,
         )
         yield {
-            "kernel": f"{kernel.fn.__module__.split('.')[-1]}.{kernel.__name__}",
+            "kernel": kernel.__name__,
             "capability": capability,
             "arguments": str(arguments),
             "warps": options["num_warps"],

@@ -1,5 +1,6 @@
 """Every kernel, compiled for GPUs that need not be here: their limits, and no spills."""
 
+import ast
 import json
 import os
 import subprocess
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+KERNELS = Path(__file__).parents[2] / "kernels"
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes that a block may have (CUDA C++ programming guide, table of compute capabilities)."""
 
@@ -28,6 +30,19 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return json.loads(finished.stdout)
 
 
+def test_kernels_are_named_after_their_files(kernel_names: set[str]) -> None:
+    """What is launched, `name[grid](…)`: a profile groups by name, whatever the file."""
+    launched = []
+    for path in sorted(KERNELS.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(func=ast.Subscript(value=ast.Name(id=name))):
+                    assert name.startswith(f"{path.stem}_"), f"{path} launches {name}"
+                    launched.append(name)
+    assert len(launched) == 12
+    assert set(launched) == kernel_names
+
+
 def test_every_kernel_is_compiled_in_every_precision_for_both_targets(
     compiled: list[dict[str, Any]], kernel_names: set[str]
 ) -> None:
@@ -42,9 +57,9 @@ def test_every_kernel_is_compiled_in_every_precision_for_both_targets(
             }
             # The first sees sums alone, which are fp32. Matrix units have no fp32.
             missing = {
-                "fp32": {"attention._forward_kernel", "attention._backward_kernel"},
-                "bf16": {"cross_entropy._reduce_kernel"},
-                "fp16": {"cross_entropy._reduce_kernel"},
+                "fp32": {"attention_forward_kernel", "attention_backward_kernel"},
+                "bf16": {"cross_entropy_reduce_kernel"},
+                "fp16": {"cross_entropy_reduce_kernel"},
             }
             assert kernel_names - found == missing[precision]
 
@@ -61,7 +76,7 @@ def test_registers_do_not_spill(compiled: list[dict[str, Any]]) -> None:
     # what they multiply from shared memory.
     def allowed(row: dict[str, Any]) -> int:
         large = (
-            row["kernel"] == "attention._backward_kernel" and "'BLOCK_L': 128" in row["arguments"]
+            row["kernel"] == "attention_backward_kernel" and "'BLOCK_L': 128" in row["arguments"]
         )
         return 600 if large and row["capability"] == 80 else 16
 
@@ -72,16 +87,16 @@ def test_registers_do_not_spill(compiled: list[dict[str, Any]]) -> None:
 @pytest.mark.parametrize(
     ("kernel", "width", "tensors"),
     [
-        ("residual_norm._forward_kernel", "'D': 768", 3),
-        ("residual_norm._backward_kernel", "'D': 768", 5),
-        ("embedding._forward_kernel", "'D': 768", 3),
-        ("embedding._backward_kernel", "'D': 768", 4),
-        ("gelu._forward_kernel", "'WIDTH': 3072", 2),
-        ("gelu._backward_kernel", "'WIDTH': 3072", 3),
-        ("cross_entropy._forward_kernel", "'C': 1000", 2),
-        ("adamw._adamw_kernel", "", 7),
-        ("attention._forward_kernel", "'D': 768", 4),
-        ("attention._backward_kernel", "'D': 768", 8),
+        ("residual_norm_forward_kernel", "'D': 768", 3),
+        ("residual_norm_backward_kernel", "'D': 768", 5),
+        ("embedding_forward_kernel", "'D': 768", 3),
+        ("embedding_backward_kernel", "'D': 768", 4),
+        ("gelu_forward_kernel", "'WIDTH': 3072", 2),
+        ("gelu_backward_kernel", "'WIDTH': 3072", 3),
+        ("cross_entropy_forward_kernel", "'C': 1000", 2),
+        ("adamw_kernel", "", 7),
+        ("attention_forward_kernel", "'D': 768", 4),
+        ("attention_backward_kernel", "'D': 768", 8),
     ],
 )
 def test_whole_tensors_are_read_and_written_16_bytes_at_a_time(
