@@ -10,14 +10,17 @@ import json
 import math
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
+from threading import Timer
 from time import perf_counter
 from typing import Any
 
@@ -158,7 +161,7 @@ def measure_limits(device: torch.device, *, quick: bool = False) -> dict[str, fl
     for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
-        seconds = median_seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out), device)
+        seconds = median_seconds(partial(torch.mm, a, b, out=out), device)
         limits[f"matmul_{name}_flops"] = 2 * size**3 / seconds
     count = 2**20 if quick else 2**30 if device.type == "cuda" else 2**26
     source = torch.randn(count, device=device)
@@ -200,24 +203,65 @@ def run_child(script: Path, job: dict[str, Any], timeout: float) -> dict[str, An
     A process a case keeps peak memory and caches apart, and a failure from ending the run: it is
     returned as {"error": …}. What torch.compile left on the disk in earlier runs is out of reach.
     """
+    *_, result = run_child_rows(script, job, timeout)
+    return result
+
+
+def run_child_rows(script: Path, job: dict[str, Any], timeout: float) -> Iterator[dict[str, Any]]:
+    """The same, for a script that prints a JSON object a row: each row as soon as it is printed.
+
+    A child that fails, prints nothing or takes longer than `timeout` seconds keeps the rows that it
+    has printed; what went wrong follows them as {"error": …}.
+    """
     command = [sys.executable, str(script), "--job", json.dumps(job)]
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as compiled:
+    deadline = perf_counter() + timeout
+    num_rows = 0
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as compiled,
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr,
+        subprocess.Popen(
+            command,
+            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": compiled},
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            text=True,
+            # A group of its own: torch.compile's workers would keep stdout open, and us waiting.
+            start_new_session=True,
+        ) as process,
+    ):
+        assert process.stdout is not None
+        timer = Timer(timeout, kill_group, [process])
+        timer.start()
         try:
-            finished = subprocess.run(
-                command,
-                env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": compiled},
-                capture_output=True,
-                text=True,
-                timeout=timeout,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            return {"error": f"took longer than {timeout:.0f} s"}
-    if finished.returncode == 0:
-        with suppress(IndexError, ValueError):  # no last line, or one that is not JSON
-            result: dict[str, Any] = json.loads(finished.stdout.strip().splitlines()[-1])
-            return result
-    lines = finished.stderr.strip().splitlines() or [f"no result, exit code {finished.returncode}"]
+            for line in process.stdout:
+                try:
+                    row = json.loads(line)
+                except ValueError:
+                    continue
+                if isinstance(row, dict):
+                    num_rows += 1
+                    yield row
+            process.wait()
+        finally:
+            timer.cancel()
+            kill_group(process)
+        if process.returncode != 0 or num_rows == 0:
+            stderr.seek(0)
+            if process.returncode == -signal.SIGKILL and perf_counter() >= deadline:
+                yield {"error": f"took longer than {timeout:.0f} s"}
+            else:
+                yield describe_failure(process.returncode, stderr.read())
+
+
+def kill_group(process: subprocess.Popen[str]) -> None:
+    """End a child and what it has started, or what is left of them."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def describe_failure(exit_code: int, stderr: str) -> dict[str, Any]:
+    """The telling line as "error", and the end of it all."""
+    lines = stderr.strip().splitlines() or [f"no result, exit code {exit_code}"]
     # The last line is not always the telling one: CUDA's errors go on for a few more.
     named = [line for line in lines if re.match(r"[\w.]*(Error|Exception)\b", line)]
     return {"error": (named or lines)[-1][:500], "stderr": "\n".join(lines)[-3_000:]}
