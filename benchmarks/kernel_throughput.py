@@ -8,13 +8,19 @@ For every operation, precision and shape:
 - the error against fp64, ours and torch's at the same precision, the larger of output and gradients
   (the same masks of dropout in all three);
 - the time of forward alone, and of forward and backward, of ours, of torch's operations one by one
-  (with torch's own dropout), and of the same under torch.compile;
+  (with torch's own dropout), and of the same under torch.compile (in bf16 only, since each shape
+  compiles for seconds);
 - the bytes that must be moved, each input read once and each output written once, over that time,
   as a share of the copy rate that was measured in the same run.
 
 A call takes microseconds, less than it takes to launch it from Python: on a GPU ten calls, each on
-inputs of its own, are captured in a CUDA graph, and its replays are timed. The shapes are those of
-BERT-base at batch 16 and at batch 512. An operation is run in a process of its own.
+inputs of its own, are captured in a CUDA graph, and its replays are timed. What backward starts
+from, a gradient of the output, is made before. The shapes are those of BERT-base at batch 16 and at
+batch 512.
+
+An operation is run in a process of its own, which prints a row as soon as it has it: the operation
+that takes most of a step first, and in each the precision that training uses. A rival that fails
+loses its own figures, a shape on which ours fails that shape's, and a time-out what was to follow.
 """
 
 import argparse
@@ -22,7 +28,7 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,7 +43,7 @@ from harness import (
     describe_place,
     markdown_table,
     measure_limits,
-    run_child,
+    run_child_rows,
     save,
     synchronize,
 )
@@ -56,7 +62,7 @@ from twostage.kernels.residual_norm import (
     reference_dropout_residual_norm,
 )
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 P, EPS = 0.1, 1e-12
 CALLS = 10
 """In a graph, each on inputs of its own: together more than a cache holds, at the larger shapes."""
@@ -83,25 +89,35 @@ class Case:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rehearse", action="store_true", help="interpreted, with tiny shapes")
+    parser.add_argument("--operations", help=f"some of: {'; '.join(OPERATIONS)} (default: all)")
     parser.add_argument("--output", type=Path, help="folder for the results (default: results/)")
     parser.add_argument("--job", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.job:
-        print(json.dumps(run_job(json.loads(options.job))))
+        for row in run_job(json.loads(options.job)):
+            print(json.dumps(row), flush=True)
         return 0
     if not options.rehearse and not torch.cuda.is_available():
         print("kernel_throughput: torch sees no CUDA GPU; --rehearse runs here", file=sys.stderr)
         return 2
     device = "cpu" if options.rehearse else "cuda"
+    chosen = options.operations.split("; ") if options.operations else list(OPERATIONS)
+    if unknown := set(chosen) - set(OPERATIONS):
+        parser.error(f"there is no operation called {'; '.join(sorted(unknown))}")
+    jobs = [job for job in make_kernel_jobs(device) if job["operation"] in chosen]
     record = describe_environment(device) | {
         "limits": measure_limits(torch.device(device), quick=options.rehearse),
-        "kernels": [row for job in make_kernel_jobs(device) for row in run_kernel_job(job)],
+        "kernels": [],
     }
     output = options.output
     if output is None:
         output = Path(tempfile.mkdtemp(prefix="kernels-")) if options.rehearse else RESULTS
     place = "rehearsal" if options.rehearse else describe_place(record)
-    save(output, f"kernel_throughput-{place}", describe_kernels(record), record)
+    for job in jobs:
+        for row in run_kernel_job(job):
+            print(json.dumps(row), flush=True)
+            record["kernels"].append(row)
+            save(output, f"kernel_throughput-{place}", describe_kernels(record), record)
     print(f"{describe_kernels(record)}\n\n{json.dumps(record)}\n\nwritten to {output}")
     return int(any(not row.get("close") for row in record["kernels"]))
 
@@ -111,62 +127,111 @@ def make_kernel_jobs(device: str) -> list[dict[str, Any]]:
     return [{"operation": name, "device": device} for name in OPERATIONS]
 
 
-def run_kernel_job(job: dict[str, Any], timeout: float = 240.0) -> list[dict[str, Any]]:
-    """Rows of one operation, measured in a process of its own; or one that says what went wrong."""
+def run_kernel_job(job: dict[str, Any], timeout: float = 240.0) -> Iterator[dict[str, Any]]:
+    """Rows of one operation, each as soon as a process of its own has measured it.
+
+    A row that could not be measured has the reason as "failure" in place of figures; what ends the
+    process, the time-out included, is such a row, the last.
+    """
     if job["device"] == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
-    result = run_child(Path(__file__), job, timeout)
-    rows: list[dict[str, Any]] = result.get("rows", [])
-    return rows or [{"operation": job["operation"], "failure": result.get("error", "no rows")}]
+    for row in run_child_rows(Path(__file__), job, timeout):
+        yield (
+            row
+            if "operation" in row
+            else {
+                "operation": job["operation"],
+                "failure": row["error"],
+            }
+        )
 
 
-def run_job(job: dict[str, Any]) -> dict[str, Any]:
+def run_job(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """A row for each precision and shape of one operation, in this process."""
     device = torch.device(job["device"])
     torch.set_float32_matmul_precision("highest")
-    rows = []
     for name, dtype in DTYPES.items():
         if job["operation"] == "attention" and name == "fp32" and device.type == "cuda":
             continue  # its kernels take 16 bits
         for case_of in OPERATIONS[job["operation"]](device):
-            rows.append(
-                {"operation": job["operation"], "precision": name}
-                | measure(partial(case_of, dtype), dtype, device)
-            )
-    return {"rows": rows}
+            row = {"operation": job["operation"], "precision": name}
+            try:
+                yield row | measure(partial(case_of, dtype), dtype, device)
+            except Exception as error:  # whatever it is, the other shapes are worth their figures
+                shape = "×".join(map(str, case_of.args))
+                yield row | {"shape": shape, "failure": describe_error(error)}
 
 
 def measure(
     make_case: Callable[[int], Case], dtype: torch.dtype, device: torch.device
 ) -> dict[str, Any]:
-    """Errors and times of one case. make_case: takes a seed, as calls differ in their inputs."""
+    """Errors and times of one case. make_case: takes a seed, as calls differ in their inputs.
+
+    A rival that fails has the reason among "failures". Where ours fails, so does the case.
+    """
     case = make_case(0)
-    exact = run_through(case.reference, [leaf.double() for leaf in case.leaves])
+    has_backward = case.backward_bytes > 0
+    out = run_forward(case.reference, case.leaves)
+    upstream = make_upstream(out) if has_backward else None
+    exact = run_through(
+        case.reference,
+        [leaf.double() for leaf in case.leaves],
+        None if upstream is None else upstream.double(),
+    )
     # Ours last: AdamW changes what it is given.
-    torchs, ours = (run_through(f, case.leaves) for f in (case.reference, case.ours))
+    torchs, ours = (run_through(f, case.leaves, upstream) for f in (case.reference, case.ours))
     errors = [max(map(relative_error, results, exact)) for results in (ours, torchs)]
     close = all(
         relative_error(our, truth) <= 2 * relative_error(its, truth) + torch.finfo(dtype).eps
         for our, its, truth in zip(ours, torchs, exact, strict=True)
     )
-    row: dict[str, Any] = {
+    seconds: dict[str, float] = {}
+    failures: dict[str, str] = {}
+    cases = [make_case(seed) for seed in range(CALLS if device.type == "cuda" else 2)]
+    upstreams = [make_upstream(out) if has_backward else None for _ in cases]
+    for name, function in rivals_of(case, dtype, device).items():
+        try:
+            seconds[f"{name}_forward"] = seconds_of(
+                [partial(run_forward, function, each.leaves) for each in cases], device
+            )
+            if has_backward:
+                calls = [
+                    partial(run_through, function, each.leaves, upstream)
+                    for each, upstream in zip(cases, upstreams, strict=True)
+                ]
+                seconds[f"{name}_both"] = seconds_of(calls, device)
+        except Exception as error:
+            if name == "ours":
+                raise
+            failures[name] = describe_error(error)
+    return {
         "shape": case.shape,
         "error": errors[0],
         "torch_error": errors[1],
         "close": close,
         "bytes": {"forward": case.forward_bytes, "both": case.forward_bytes + case.backward_bytes},
-        "seconds": {},
+        "seconds": seconds,
+        "failures": failures,
     }
-    cases = [make_case(seed) for seed in range(CALLS if device.type == "cuda" else 2)]
+
+
+def rivals_of(
+    case: Case, dtype: torch.dtype, device: torch.device
+) -> dict[str, Callable[..., Tensor]]:
+    """What is timed, ours first; none is compiled yet."""
     rivals = {"ours": case.ours, "torch": case.plain}
-    if device.type == "cuda":
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        # All cases of an operation share their code, and of one code torch.compile takes eight
+        # shapes: the ninth would run eagerly, without a word.
+        torch._dynamo.reset()
         rivals["compiled"] = torch.compile(case.to_compile or case.plain, dynamic=False)
-    for name, function in rivals.items():
-        for part in ("forward", "both") if case.backward_bytes else ("forward",):
-            call = run_through if part == "both" else run_forward
-            row["seconds"][f"{name}_{part}"] = seconds_of(
-                [partial(call, function, each.leaves) for each in cases], device
-            )
-    return row
+    return rivals
+
+
+def describe_error(error: Exception) -> str:
+    """In a line, short enough for a table."""
+    first_line = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {first_line}"[:300]
 
 
 def run_forward(function: Callable[..., Tensor], leaves: Sequence[Tensor]) -> Tensor:
@@ -174,14 +239,21 @@ def run_forward(function: Callable[..., Tensor], leaves: Sequence[Tensor]) -> Te
         return function(*leaves)
 
 
-def run_through(function: Callable[..., Tensor], leaves: Sequence[Tensor]) -> list[Tensor]:
-    """Output and gradients, for an upstream gradient that is not of ones."""
+def make_upstream(out: Tensor) -> Tensor:
+    """A gradient of `out` that is not of ones, of its shape and precision."""
+    angles = torch.arange(out.numel(), device=out.device)
+    return torch.cos(angles).view(out.shape).to(out.dtype)
+
+
+def run_through(
+    function: Callable[..., Tensor], leaves: Sequence[Tensor], upstream: Tensor | None
+) -> list[Tensor]:
+    """Output and gradients, from `upstream`, the output's. None: no backward, as AdamW has none."""
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     out = function(*leaves)
-    if not out.requires_grad:  # AdamW, which has no backward
-        return [out]
-    upstream = torch.cos(torch.arange(out.numel(), device=out.device)).view(out.shape)
-    return [out.detach(), *torch.autograd.grad(out, leaves, upstream.to(out.dtype))]
+    if upstream is None:
+        return [out.detach()]
+    return [out.detach(), *torch.autograd.grad(out, leaves, upstream)]
 
 
 def relative_error(ours: Tensor, exact: Tensor) -> float:
@@ -214,27 +286,30 @@ def seconds_of(calls: Sequence[Callable[[], object]], device: torch.device) -> f
         round_of_calls()
     times = []
     for _ in range(33):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        began.record()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
         graph.replay()
-        ended.record()
+        end.record()
         synchronize(device)
-        times.append(began.elapsed_time(ended) / 1e3)
+        times.append(start.elapsed_time(end) / 1e3)
     return float(np.median(times[3:])) / len(calls)
 
 
 def describe_kernels(record: dict[str, Any]) -> str:
-    """The table, in Markdown."""
-    rows = []
+    """The table, in Markdown, and below it what failed."""
+    rows, failed = [], []
     for row in record["kernels"]:
+        name = ", ".join(row[key] for key in ("operation", "precision", "shape") if key in row)
         if "failure" in row:
-            rows.append([row["operation"], "", row["failure"], *[""] * 5])
+            failed.append(f"- {name}: {row['failure']}")
+            cells = [row["operation"], row.get("precision", ""), row.get("shape", "")]
+            rows.append([*cells, "failed", *[""] * 4])
             continue
-        times = row["seconds"]
+        failed += [f"- {name}, {rival}: {reason}" for rival, reason in row["failures"].items()]
         for part in ("forward", "both"):
-            if f"ours_{part}" not in times:
+            if f"ours_{part}" not in row["seconds"]:
                 continue
-            ours = times[f"ours_{part}"]
+            ours = row["seconds"][f"ours_{part}"]
             share = row["bytes"][part] / ours / record["limits"]["copy_bytes"]
             rows.append(
                 [
@@ -243,22 +318,30 @@ def describe_kernels(record: dict[str, Any]) -> str:
                     f"{row['shape']}, {'forward' if part == 'forward' else 'with backward'}",
                     f"{row['error']:.1e} / {row['torch_error']:.1e}"
                     + ("" if row["close"] else " **too large**"),
-                    f"{ours * 1e6:.1f}",
-                    f"{times[f'torch_{part}'] * 1e6:.1f}",
-                    f"{times[f'compiled_{part}'] * 1e6:.1f}" if f"compiled_{part}" in times else "",
+                    *(microseconds(row, name, part) for name in ("ours", "torch", "compiled")),
                     f"{share:.0%}",
                 ]
             )
     header = ["operation", "precision", "case", "error, ours / torch's", "ours, µs", "torch, µs"]
     table = markdown_table([*header, "compiled, µs", "copy rate"], rows)
-    interpreted = "\n\nTimes of ours are those of Triton's interpreter, and mean nothing."
-    is_rehearsal = "--rehearse" in record["command"]
-    return f"The kernels:\n\n{table}{interpreted if is_rehearsal else ''}"
+    parts = [f"The kernels (compiled in bf16 only):\n\n{table}"]
+    if failed:
+        parts.append("Failed:\n\n" + "\n".join(failed))
+    if "--rehearse" in record["command"]:
+        parts.append("Times of ours are those of Triton's interpreter, and mean nothing.")
+    return "\n\n".join(parts)
+
+
+def microseconds(row: dict[str, Any], rival: str, part: str) -> str:
+    if f"{rival}_{part}" in row["seconds"]:
+        return f"{row['seconds'][f'{rival}_{part}'] * 1e6:.1f}"
+    return "failed" if rival in row["failures"] else ""
 
 
 # The operations: each a function of the device, which gives functions of (dtype, seed) → Case.
 
-CaseOf = Callable[[torch.dtype, int], Case]
+CaseOf = partial[Case]
+"""Lacks dtype and seed; its arguments so far are the shape."""
 
 
 def shapes_on(device: torch.device, full: Sequence[Any], tiny: Any) -> Sequence[Any]:
@@ -283,16 +366,28 @@ def residual_norm_cases(device: torch.device) -> list[CaseOf]:
         x_TD, residual_TD = (draw(device, seed + i, tokens, width).to(dtype) for i in (0, 100))
         weight_D, bias_D = (draw(device, seed + i, width).to(dtype) for i in (200, 300))
 
-        def plain(x_TD: Tensor, residual_TD: Tensor, *norm: Tensor) -> Tensor:
-            return F.layer_norm(residual_TD + F.dropout(x_TD, P), (width,), *norm, EPS)
+        def ours(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor) -> Tensor:
+            return dropout_residual_norm(
+                x_TD, residual_TD, weight_D, bias_D, EPS, P, where, 1, "triton"
+            )
+
+        def plain(x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor) -> Tensor:
+            return F.layer_norm(residual_TD + F.dropout(x_TD, P), (width,), weight_D, bias_D, EPS)
+
+        def reference(
+            x_TD: Tensor, residual_TD: Tensor, weight_D: Tensor, bias_D: Tensor
+        ) -> Tensor:
+            return reference_dropout_residual_norm(
+                x_TD, residual_TD, weight_D, bias_D, EPS, P, where, 1
+            )
 
         size = x_TD.element_size() * tokens * width
         return Case(
             f"{tokens}×{width}",
             [x_TD, residual_TD, weight_D, bias_D],
-            lambda *leaves: dropout_residual_norm(*leaves, EPS, P, where, 1, "triton"),
+            ours,
             plain,
-            lambda *leaves: reference_dropout_residual_norm(*leaves, EPS, P, where, 1),
+            reference,
             forward_bytes=3 * size,
             backward_bytes=5 * size,
         )
@@ -332,8 +427,9 @@ def attention_cases(device: torch.device) -> list[CaseOf]:
             return context.transpose(1, 2).reshape(texts * longest, width)[rows_T]
 
         def flash(qkv_T3D: Tensor) -> Tensor:
-            parts, ends = qkv_T3D.chunk(3, dim=1), (layout.cu_seqlens, layout.cu_seqlens)
-            return flash_attention(*parts, ends, (longest, longest), heads, 0.0, None)
+            query_TD, key_TD, value_TD = qkv_T3D.chunk(3, dim=1)
+            ends, lengths = (layout.cu_seqlens, layout.cu_seqlens), (longest, longest)
+            return flash_attention(query_TD, key_TD, value_TD, ends, lengths, heads, 0.0, None)
 
         qkv_T3D = draw(device, seed, tokens, 3 * width).to(dtype)
         size = qkv_T3D.element_size() * tokens * width
@@ -360,7 +456,7 @@ def gelu_cases(device: torch.device) -> list[CaseOf]:
         return Case(
             f"{tokens}×{width}",
             [x_TI, bias_I],
-            lambda *leaves: bias_gelu(*leaves, "triton"),
+            lambda x_TI, bias_I: bias_gelu(x_TI, bias_I, "triton"),
             lambda x_TI, bias_I: F.gelu(x_TI + bias_I),
             reference_bias_gelu,
             forward_bytes=2 * size,
@@ -381,25 +477,48 @@ def embedding_cases(device: torch.device) -> list[CaseOf]:
         word_VD, position_LD = (draw(device, seed + n, n, width) for n in (words, 512))
         token_type_D, weight_D, bias_D = (draw(device, seed + i, width) for i in range(3))
 
+        def ours(
+            word_VD: Tensor,
+            position_LD: Tensor,
+            token_type_D: Tensor,
+            weight_D: Tensor,
+            bias_D: Tensor,
+        ) -> Tensor:
+            tables = (word_VD, position_LD, token_type_D)
+            return embed_tokens(
+                ids_T, positions_T, *tables, weight_D, bias_D, EPS, dtype, P, where, 0, "triton"
+            )
+
         def plain(
-            word_VD: Tensor, position_LD: Tensor, token_type_D: Tensor, *norm: Tensor
+            word_VD: Tensor,
+            position_LD: Tensor,
+            token_type_D: Tensor,
+            weight_D: Tensor,
+            bias_D: Tensor,
         ) -> Tensor:
             embedded_TD = F.embedding(ids_T, word_VD) + F.embedding(positions_T, position_LD)
-            normed_TD = F.layer_norm(embedded_TD + token_type_D, (width,), *norm, EPS)
+            normed_TD = F.layer_norm(embedded_TD + token_type_D, (width,), weight_D, bias_D, EPS)
             return F.dropout(normed_TD.to(dtype), P)
 
-        def reference(*leaves: Tensor) -> Tensor:
-            out_dtype = leaves[0].dtype if leaves[0].dtype == torch.float64 else dtype
-            return reference_embed_tokens(ids_T, positions_T, *leaves, EPS, out_dtype, P, where, 0)
+        def reference(
+            word_VD: Tensor,
+            position_LD: Tensor,
+            token_type_D: Tensor,
+            weight_D: Tensor,
+            bias_D: Tensor,
+        ) -> Tensor:
+            tables = (word_VD, position_LD, token_type_D)
+            out_dtype = word_VD.dtype if word_VD.dtype == torch.float64 else dtype
+            return reference_embed_tokens(
+                ids_T, positions_T, *tables, weight_D, bias_D, EPS, out_dtype, P, where, 0
+            )
 
         row = tokens * width
         size = torch.finfo(dtype).bits // 8
         return Case(
             f"{tokens}×{width} of {words}",
             [word_VD, position_LD, token_type_D, weight_D, bias_D],
-            lambda *leaves: embed_tokens(
-                ids_T, positions_T, *leaves, EPS, dtype, P, where, 0, "triton"
-            ),
+            ours,
             plain,
             reference,
             forward_bytes=row * (4 + size),
@@ -467,35 +586,35 @@ def adamw_cases(device: torch.device) -> list[CaseOf]:
         exp_avg_P = draw(device, seed + 200, count)
         exp_avg_sq_P = draw(device, seed + 300, count).abs()
         one = torch.ones((), device=device)
-        scalars = (5 * one, 1e-3 * one.double(), 2 * one, 0 * one)
+        update, rate, divisor, skip = 5 * one, 1e-3 * one.double(), 2 * one, 0 * one
         rounded_P = None if dtype == torch.float32 else torch.empty_like(gradients_P)
 
-        def ours(weights_P: Tensor) -> Tensor:
-            weights_P, *moments = (t.detach() for t in (weights_P, exp_avg_P, exp_avg_sq_P))
-            adamw_(weights_P, gradients_P, *moments, *scalars, rounded_P=rounded_P, impl="triton")
-            return weights_P
-
-        def plain(weights_P: Tensor) -> Tensor:
-            weights_P, *moments = (t.detach() for t in (weights_P, exp_avg_P, exp_avg_sq_P))
-            adamw_(weights_P, gradients_P, *moments, *scalars, rounded_P=rounded_P, impl="torch")
+        def step(weights_P: Tensor, impl: str) -> Tensor:
+            weights_P = weights_P.detach()
+            buffers = (weights_P, gradients_P, exp_avg_P, exp_avg_sq_P)
+            scalars = (update, rate, divisor, skip)
+            adamw_(*buffers, *scalars, rounded_P=rounded_P, impl=impl)
             return weights_P
 
         def formula(weights_P: Tensor) -> Tensor:
-            weights_P, *moments = (t.detach() for t in (weights_P, exp_avg_P, exp_avg_sq_P))
-            update_by_formula(weights_P, gradients_P, *moments, *scalars[:3], rounded_P)
+            weights_P = weights_P.detach()
+            buffers = (weights_P, gradients_P, exp_avg_P, exp_avg_sq_P)
+            update_by_formula(*buffers, update, rate, divisor, rounded_P)
             return weights_P
 
         def reference(weights_P: Tensor) -> Tensor:
-            buffers = (weights_P, gradients_P, exp_avg_P, exp_avg_sq_P)
-            copies = [t.detach().to(weights_P.dtype, copy=True) for t in buffers]
-            reference_adamw_(*copies, *scalars)
-            return copies[0]
+            weights_P, gradients, exp_avg, exp_avg_sq = (
+                t.detach().to(weights_P.dtype, copy=True)
+                for t in (weights_P, gradients_P, exp_avg_P, exp_avg_sq_P)
+            )
+            reference_adamw_(weights_P, gradients, exp_avg, exp_avg_sq, update, rate, divisor, skip)
+            return weights_P
 
         return Case(
             f"{count:,} weights",
             [weights_P],
-            ours,
-            plain,
+            partial(step, impl="triton"),
+            partial(step, impl="torch"),
             reference,
             # Of the gradient and the rounded copy together, 4 bytes in every precision.
             forward_bytes=count * (24 + 4),
@@ -508,13 +627,14 @@ def adamw_cases(device: torch.device) -> list[CaseOf]:
 
 
 OPERATIONS: dict[str, Callable[[torch.device], list[CaseOf]]] = {
-    "cross-entropy": cross_entropy_cases,
-    "residual norm": residual_norm_cases,
+    "AdamW": adamw_cases,
     "attention": attention_cases,
+    "residual norm": residual_norm_cases,
     "bias + GELU": gelu_cases,
     "embedding": embedding_cases,
-    "AdamW": adamw_cases,
+    "cross-entropy": cross_entropy_cases,
 }
+"""What takes most of a step first."""
 
 
 if __name__ == "__main__":

@@ -134,6 +134,7 @@ def main() -> None:
     parser.add_argument("--model", default="minilm", choices=MODELS)
     parser.add_argument("--data", type=Path, default=Path("demo"), help="the demo's folder")
     parser.add_argument("--batch-sizes", default="16,64")
+    parser.add_argument("--savings", help=f"some of: {'; '.join(SAVINGS)} (default: all)")
     parser.add_argument("--texts", type=int, default=960, help="on the clock, in every case")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--job", help=argparse.SUPPRESS)
@@ -144,11 +145,14 @@ def main() -> None:
             SAVINGS[job["without"]][0]()
         print(json.dumps(run_job(job)))
         return
+    savings = options.savings.split("; ") if options.savings else list(SAVINGS)
+    if unknown := set(savings) - set(SAVINGS):
+        parser.error(f"there is no saving called {'; '.join(sorted(unknown))}")
     if options.model == "minilm":
         fetch_demo(options.data)
     record = describe_environment("cpu")
     sizes = [int(size) for size in options.batch_sizes.split(",")]
-    jobs = plan(options.model, str(options.data), sizes, options.texts)
+    jobs = plan(savings, options.model, str(options.data), sizes, options.texts)
     for rows in run_jobs(Path(__file__), jobs, seconds_a_job=300):
         record["rows"] = rows
         print(json.dumps(rows[-1]), flush=True)
@@ -156,11 +160,16 @@ def main() -> None:
     print(f"\n{describe(record)}\n\n{json.dumps(record)}")
 
 
-def plan(model: str, data: str, sizes: Sequence[int], num_texts: int) -> list[dict[str, Any]]:
-    """For each stage and batch size: as it is, then without each saving that serves the stage."""
+def plan(
+    savings: Sequence[str], model: str, data: str, sizes: Sequence[int], num_texts: int
+) -> list[dict[str, Any]]:
+    """For each stage that some of these savings serve, and each batch size: as it is, then without
+    each of them."""
     cases = []
     for stage_number in (2, 1):
-        names = [None, *(name for name, (_, stages) in SAVINGS.items() if stage_number in stages)]
+        names = [name for name in savings if stage_number in SAVINGS[name][1]]
+        if not names:
+            continue
         jobs = make_jobs(
             ("ours bf16",),
             (stage_number,),
@@ -171,7 +180,7 @@ def plan(model: str, data: str, sizes: Sequence[int], num_texts: int) -> list[di
             device="cpu",
             warmup=8,
         )
-        cases += [job | {"without": name} for job in jobs for name in names]
+        cases += [job | {"without": name} for job in jobs for name in (None, *names)]
     return cases
 
 

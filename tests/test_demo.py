@@ -17,12 +17,16 @@ from twostage.two_stage import Result
 
 @pytest.fixture
 def small(demo_folder: Path, tiny: Path, tmp_path: Path) -> Path:
-    folder = tmp_path / "demo"
+    return make_small_demo(demo_folder, tiny, tmp_path / "demo")
+
+
+def make_small_demo(demo_folder: Path, model: Path, folder: Path) -> Path:
+    """A demo's folder with 300 texts a table and another model."""
     for name in ("train.tsv", "dev.tsv"):
         table = read_table(demo_folder / name)
         rows = list(zip(table.texts, table.labels, strict=True))[:300]
         write_table(folder / name, ("sentence", "label"), rows)
-    shutil.copytree(tiny, folder / "model")
+    shutil.copytree(model, folder / "model")
     for name in ("tokenizer_config.json", "vocab.txt"):
         shutil.copy(demo_folder / "model" / name, folder / "model")
     return folder

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from twostage.model.checkpoint import Checkpoint
 
+from .test_demo import make_small_demo
+
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
 
@@ -49,9 +51,15 @@ def folder(predict_throughput: ModuleType, tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.fixture
+def demo(demo_folder: Path, tiny: Path, tmp_path: Path) -> Path:
+    """Real texts and a tiny encoder in the place of the demo's."""
+    return make_small_demo(demo_folder, tiny, tmp_path / "demo")
+
+
 def run_benchmark(name: str, *arguments: str) -> tuple[str, dict[str, Any]]:
     """What the script prints, and the record in its last line."""
-    command = [sys.executable, str(BENCHMARKS / name), "--model", "tiny", "--device", "cpu"]
+    command = [sys.executable, str(BENCHMARKS / name), "--device", "cpu"]
     finished = subprocess.run([*command, *arguments], capture_output=True, text=True, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     return finished.stdout, json.loads(finished.stdout.strip().splitlines()[-1])
@@ -90,7 +98,7 @@ def test_the_rehearsal_of_predicting_marks_the_best_pipeline(tmp_path: Path) -> 
     runs = ("ours fp32", "pipeline fp32, batch 1", "pipeline bf16, batch 16")
     printed, record = run_benchmark(
         "predict_throughput.py",
-        *("--texts", "60", "--warmup", "8", "--repeats", "2"),
+        *("--model", "tiny", "--texts", "60", "--warmup", "8", "--repeats", "2"),
         *("--runs", "; ".join(runs), "--output", str(tmp_path)),
     )
     rows = {row["run"]: row for row in record["rows"]}
@@ -145,12 +153,13 @@ def test_without_dropout_the_whole_job_has_the_same_losses_and_scores_on_both_si
             ), run
 
 
-def test_the_rehearsal_of_the_whole_job_has_every_case(tmp_path: Path) -> None:
+def test_the_rehearsal_of_the_whole_job_has_every_case(demo: Path, tmp_path: Path) -> None:
     runs = ("ours bf16", "P1 bf16", "P0 fp32")
+    output = tmp_path / "results"
     printed, record = run_benchmark(
         "time_to_result.py",
-        *("--rows", "48", "--test-rows", "40", "--repeats", "1"),
-        *("--runs", "; ".join(runs), "--output", str(tmp_path)),
+        *("--data", str(demo), "--rows", "48", "--test-rows", "40", "--repeats", "1"),
+        *("--runs", "; ".join(runs), "--output", str(output)),
     )
     rows = {row["run"]: row for row in record["rows"]}
     assert tuple(rows) == runs
@@ -163,7 +172,7 @@ def test_the_rehearsal_of_the_whole_job_has_every_case(tmp_path: Path) -> None:
         assert sum(row["seconds"].values()) == pytest.approx(row["wall_seconds"])
         assert printed.count(f"\n| {row['run']} |") == 1
     assert f"| {rows['P0 fp32']['wall_seconds'] / ours['wall_seconds']:.2f} |" in printed
-    json_path, md_path = sorted(tmp_path.iterdir())
+    json_path, md_path = sorted(output.iterdir())
     assert json.loads(json_path.read_text()) == record
     assert md_path.read_text().strip() in printed
 
@@ -202,7 +211,7 @@ def test_without_any_one_saving_the_training_is_the_same(monkeypatch: pytest.Mon
     monkeypatch.syspath_prepend(BENCHMARKS)
     import savings
 
-    jobs = savings.plan("tiny", "", [4], 24)
+    jobs = savings.plan(list(savings.SAVINGS), "tiny", "", [4], 24)
     assert {job["without"] for job in jobs} == {None, *savings.SAVINGS}
     code = (
         "import sys, json, savings\n"
@@ -229,10 +238,11 @@ def test_without_any_one_saving_the_training_is_the_same(monkeypatch: pytest.Mon
         assert seen == pytest.approx([seen[0]] * len(seen), rel=2e-3)
 
 
-def test_several_seeds_are_timed_with_and_without_a_common_trunk(tmp_path: Path) -> None:
-    printed, record = run_benchmark(
-        "several_seeds.py", "--texts", "64", "--seeds", "2", "--output", str(tmp_path)
-    )
+def test_several_seeds_are_timed_with_and_without_a_common_trunk(
+    demo: Path, tmp_path: Path
+) -> None:
+    small = ("--data", str(demo), "--texts", "64", "--seeds", "2")
+    printed, record = run_benchmark("several_seeds.py", *small, "--output", str(tmp_path))
     alone, shared = record["rows"]
     assert (alone["run"], shared["run"]) == ("one after the other", "one trunk for all")
     for row in (alone, shared):
@@ -242,8 +252,8 @@ def test_several_seeds_are_timed_with_and_without_a_common_trunk(tmp_path: Path)
         assert 0.9 * row["seconds"] < total <= row["seconds"]
         assert row["examples_per_second"] == pytest.approx(2 * 2 * 64 / row["seconds"])
     assert shared["shared_trunk_seconds"] > 0 == alone["shared_trunk_seconds"]
-    assert "2 seeds of both stages, tiny, 64 texts:" in printed
-    (written,) = tmp_path.glob("several_seeds-tiny-cpu.json")
+    assert "2 seeds of both stages, minilm, 64 texts:" in printed
+    (written,) = tmp_path.glob("several_seeds-minilm-cpu.json")
     assert json.loads(written.read_text())["rows"] == record["rows"]
 
 
