@@ -142,7 +142,8 @@ def main() -> None:
             jobs += make_jobs(runs, (stage,), (size,), options.texts, **common)
     jobs += profiles
     record = describe_environment(options.device)
-    record["limits"] = run_child(Path(__file__), {"limits": "full", "device": options.device}, 300)
+    limits = {"limits": "quick" if options.model == "tiny" else "full", "device": options.device}
+    record["limits"] = run_child(Path(__file__), limits, 300)
     name = f"train_throughput-{options.model}-{describe_place(record)}"
     for rows in run_jobs(Path(__file__), jobs):
         record["rows"] = rows

@@ -175,7 +175,7 @@ def needed_bytes(config: BertConfig, stage: int) -> float:
     return trained * (2 + 2 + 2 + 28)
 
 
-def write_histogram(folder: Path) -> None:
+def write_histogram(folder: Path, output: Path) -> None:
     """Lengths and token frequencies of the snippets: no text, and no token's identity."""
     fetch_demo(folder)
     texts = list(read_table(folder / "train.tsv").texts)
@@ -189,10 +189,12 @@ def write_histogram(folder: Path) -> None:
         "lengths": np.stack([lengths, counts], axis=1).tolist(),
         "rank_frequencies": [[int(rank), int(frequencies[rank - 1])] for rank in knots],
     }
-    HISTOGRAM.write_text(json.dumps(histogram) + "\n", encoding="utf-8")
+    output.write_text(json.dumps(histogram) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Make snippet_histogram.json from the demo's data")
     parser.add_argument("--data", type=Path, default=Path("demo"), help="the demo's folder")
-    write_histogram(parser.parse_args().data)
+    parser.add_argument("--output", type=Path, default=HISTOGRAM)
+    options = parser.parse_args()
+    write_histogram(options.data, options.output)
