@@ -1,12 +1,9 @@
 """What the README tells people to type."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
-
-from twostage.cli import _make_parser
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 
@@ -27,16 +24,6 @@ def test_the_library_example_is_ten_lines_and_runs(
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines] == ["7", "42"]
     assert all("'fresh': 0." in line or "'fresh': 1." in line for line in lines)
-
-
-def test_every_command_parses() -> None:
-    commands = re.findall(
-        r"(?:^|`)(twostage (?:demo|fetch|downsample|augment|train|evaluate)[^`\n]*)", README, re.M
-    )
-    assert len(commands) >= 5
-    for command in commands:
-        if command != "twostage demo":
-            _make_parser().parse_args(shlex.split(command)[1:])
 
 
 def test_the_two_commands_set_themselves_up_in_one_line_each() -> None:
