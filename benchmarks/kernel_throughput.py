@@ -221,9 +221,9 @@ def rivals_of(
     """What is timed, ours first; none is compiled yet."""
     rivals = {"ours": case.ours, "torch": case.plain}
     if device.type == "cuda" and dtype == torch.bfloat16:
-        # All cases of an operation share their code, and of one code torch.compile takes eight
-        # shapes: the ninth would run eagerly, without a word.
-        torch._dynamo.reset()
+        # All cases of an operation share their code, of which torch.compile keeps eight versions:
+        # without this, the ninth would run eagerly, without a word.
+        torch.compiler.reset()
         rivals["compiled"] = torch.compile(case.to_compile or case.plain, dynamic=False)
     return rivals
 
@@ -318,7 +318,7 @@ def describe_kernels(record: dict[str, Any]) -> str:
                     f"{row['shape']}, {'forward' if part == 'forward' else 'with backward'}",
                     f"{row['error']:.1e} / {row['torch_error']:.1e}"
                     + ("" if row["close"] else " **too large**"),
-                    *(microseconds(row, name, part) for name in ("ours", "torch", "compiled")),
+                    *(microseconds(row, rival, part) for rival in ("ours", "torch", "compiled")),
                     f"{share:.0%}",
                 ]
             )

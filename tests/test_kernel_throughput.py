@@ -1,10 +1,17 @@
 """The kernels' benchmark loses no more than what fails, and times no more than it says."""
 
+import json
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -28,6 +35,14 @@ def harness(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     import harness
 
     return harness
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import kernel_throughput
+
+    return kernel_throughput
 
 
 @pytest.fixture
@@ -71,8 +86,160 @@ def test_a_child_without_rows_is_a_failure(harness: ModuleType, tmp_path: Path) 
     assert row["error"] == "no result, exit code 0"
 
 
+def test_the_longest_operation_and_bf16_come_first(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [job["operation"] for job in benchmark.make_kernel_jobs("cpu")]
+    assert names[:3] == ["AdamW", "attention", "residual norm"]
+    assert names[3:] == ["bias + GELU", "embedding", "cross-entropy"]
+    rows = [*benchmark.run_job(add_operation(benchmark, monkeypatch, F.silu, widths=(3, 4)))]
+    found = [(row["precision"], row["shape"]) for row in rows]
+    assert found == [(p, s) for p in ("bf16", "fp16", "fp32") for s in ("5×3", "5×4")]
+    assert all(row["close"] for row in rows)
+
+
+def test_a_rival_that_fails_loses_its_figures_alone(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [*benchmark.run_job(add_operation(benchmark, monkeypatch, raise_))]
+    assert len(rows) == 3
+    for row in rows:
+        assert row["close"]
+        assert set(row["seconds"]) == {"ours_forward", "ours_both"}
+        assert row["failures"] == {"torch": "RuntimeError: no such thing here"}
+    table = describe(benchmark, rows)
+    assert table.count("| failed |") == 6
+    assert "- SiLU, bf16, 5×3, torch: RuntimeError: no such thing here\n" in table
+
+
+def test_a_shape_that_fails_loses_its_figures_alone(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad, *rest = benchmark.run_job(add_operation(benchmark, monkeypatch, F.silu, widths=(-1, 3)))
+    assert set(bad) == {"operation", "precision", "shape", "failure"}
+    assert bad["shape"] == "-1"
+    assert bad["failure"].startswith("RuntimeError: ")
+    assert [row["shape"] for row in rest if "close" in row] == ["5×3"] * 3
+    assert f"- SiLU, bf16, -1: {bad['failure']}\n" in describe(benchmark, [bad, *rest])
+
+
+def test_where_ours_fails_the_shape_says_so(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [*benchmark.run_job(add_operation(benchmark, monkeypatch, F.silu, ours=raise_))]
+    assert [row["failure"] for row in rows] == ["RuntimeError: no such thing here"] * 3
+    assert not any("close" in row for row in rows)
+
+
+def test_no_upstream_gradient_is_made_on_the_clock(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One for the errors, and one for each of the two calls that are timed."""
+    made, timed = [], []
+    make_upstream, seconds_of = benchmark.make_upstream, benchmark.seconds_of
+
+    def count(out: Tensor) -> Tensor:
+        made.append(make_upstream(out))
+        return made[-1]
+
+    def watch(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
+        before = len(made)
+        seconds: float = seconds_of(calls, device)
+        timed.append(len(made) - before)
+        return seconds
+
+    monkeypatch.setattr(benchmark, "make_upstream", count)
+    monkeypatch.setattr(benchmark, "seconds_of", watch)
+    seen = []
+
+    def plain(x: Tensor) -> Tensor:
+        out = F.silu(x)
+        if out.requires_grad:
+            out.register_hook(seen.append)
+        return out
+
+    (row, *_) = benchmark.run_job(add_operation(benchmark, monkeypatch, plain))
+    assert len(made) == 9  # of three precisions
+    assert timed == [0] * 12  # ours and torch's, forward and both
+    assert seen
+    assert {id(x) for x in seen} <= {id(x) for x in made}
+    assert row["close"]
+
+
+def test_the_ninth_shape_is_compiled_like_the_first(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+
+    def backend(graph: Any, inputs: Sequence[Tensor]) -> Any:
+        compiled.append(len(inputs))
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    job = add_operation(benchmark, monkeypatch, lambda x: x * torch.sigmoid(x), range(1, 10))
+    for case_of in benchmark.OPERATIONS[job["operation"]](torch.device("cpu")):
+        case = case_of(torch.bfloat16, 0)
+        rivals = benchmark.rivals_of(case, torch.bfloat16, torch.device("cuda"))
+        benchmark.run_forward(rivals["compiled"], case.leaves)
+        assert "compiled" not in benchmark.rivals_of(case, torch.float16, torch.device("cuda"))
+    torch.compiler.reset()
+    assert len(compiled) == 9
+
+
+def test_a_part_that_is_cut_off_keeps_its_rows(
+    benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    row = {"operation": "AdamW", "precision": "bf16", "error": 1e-3, "close": True}
+    script = tmp_path / "slow.py"
+    script.write_text(
+        f"import time\nprint({json.dumps(json.dumps(row))}, flush=True)\ntime.sleep(60)",
+        encoding="utf-8",
+    )
+    monkeypatch.setattr(benchmark, "__file__", str(script))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    rows = benchmark.run_kernel_job({"operation": "AdamW", "device": "cpu"}, 5.0)
+    assert next(rows) == row
+    assert [*rows] == [{"operation": "AdamW", "failure": "took longer than 5 s"}]
+
+
+def add_operation(
+    benchmark: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    plain: Callable[[Tensor], Tensor],
+    widths: Sequence[int] = (3,),
+    ours: Callable[[Tensor], Tensor] = F.silu,
+) -> dict[str, Any]:
+    """The job of an operation, x · σ(x), in a plain form and ours. No tensor has width -1."""
+
+    def case_of(width: int, dtype: torch.dtype, seed: int) -> Any:
+        leaf = benchmark.draw(torch.device("cpu"), seed, 5, width).to(dtype)
+        return benchmark.Case(
+            f"5×{width}",
+            [leaf],
+            ours=ours,
+            plain=plain,
+            reference=F.silu,
+            forward_bytes=30.0,
+            backward_bytes=45.0,
+        )
+
+    cases = [partial(case_of, width) for width in widths]
+    monkeypatch.setitem(benchmark.OPERATIONS, "SiLU", lambda device: cases)
+    return {"operation": "SiLU", "device": "cpu"}
+
+
+def raise_(x: Tensor) -> Tensor:
+    raise RuntimeError("no such thing here\nand a long explanation")
+
+
+def describe(benchmark: ModuleType, rows: list[dict[str, Any]]) -> str:
+    record = {"kernels": rows, "limits": {"copy_bytes": 1e9}, "command": "python …"}
+    table: str = benchmark.describe_kernels(record)
+    return table
+
+
 def is_running(pid: int) -> bool:
-    """Whether it still runs after five seconds; one that has ended may have no one to wait for it."""
+    """Whether it still runs after five seconds. One that has ended may be left as a zombie."""
     for _ in range(50):
         try:
             stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8")
