@@ -95,7 +95,7 @@ def load_model(folder: Path) -> tuple[BertClassifier, "Tokenizer", ModelInfo]:
                 f"{path}: '{name}' is missing or does not have shape {list(parameter.shape)}; "
                 "expected a folder that twostage saved"
             )
-        tensors[name] = head[name].to(torch.float32)
+        tensors[name] = head[name].to(torch.float32, copy=True)
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, config.vocab_size, folder)
     if info.max_length > config.max_position_embeddings:

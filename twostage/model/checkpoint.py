@@ -131,7 +131,10 @@ def read_config(path: Path) -> tuple[BertConfig, dict[str, Any]]:
 
 
 def from_stored(stored: Mapping[str, Tensor], config: BertConfig, source: str) -> dict[str, Tensor]:
-    """Stored tensors to our names, in fp32.
+    """Stored tensors to our names, in fp32, copied to memory of our own.
+
+    (In the file they begin at any multiple of 8 bytes; torch aligns its memory to 64, and a matrix
+    product may differ in the last bit between the two.)
 
     Warns of a missing pooler, which is left out (`build_model` then initialises it), of tensors
     that have no place here and of weights that are not finite.
@@ -163,8 +166,7 @@ def from_stored(stored: Mapping[str, Tensor], config: BertConfig, source: str) -
                 raise ModelError(
                     f"{source}: '{name}' is {by_name[name].dtype}; expected fp32, fp16 or bf16"
                 )
-        parts = [by_name[name].to(torch.float32) for name in theirs]
-        tensors[ours] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        tensors[ours] = torch.cat([by_name[name].to(torch.float32) for name in theirs])
         used.update(theirs)
     broken = sorted(name for name in used if not torch.isfinite(by_name[name]).all())
     if broken:
