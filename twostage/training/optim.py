@@ -41,8 +41,6 @@ def update_weights(
     learning_rate: Tensor,
     divisor: Tensor,
     skip: Tensor,
-    *,
-    weight_decay: float = 0.0,
     impl: str = "auto",
 ) -> None:
     """One step of AdamW on the masters and the rounding of the new weights into the copy.
@@ -64,7 +62,6 @@ def update_weights(
             divisor,
             skip,
             rounded_P=rounded_P,
-            weight_decay=weight_decay,
             impl=impl,
         )
 

@@ -42,8 +42,6 @@ class Features:
     """In the precision of the model that computed them; there may be more rows than tokens."""
     store: TokenStore
     """Of the N texts; a token's id is its row of `hidden_ED`."""
-    num_layers: int
-    """Of the trunk."""
 
 
 def count_frozen_layers(model: BertClassifier) -> int:
@@ -98,7 +96,7 @@ def compute_features(
     # Token t of text n is at first_row_n + (t - offsets_n).
     shift_N = first_row_N - offsets[:-1]
     ids = torch.arange(num_tokens) + shift_N.repeat_interleave(lengths_N)
-    return Features(hidden_ED, TokenStore(ids.int(), offsets), num_layers)
+    return Features(hidden_ED, TokenStore(ids.int(), offsets))
 
 
 def cache_features(
