@@ -561,10 +561,18 @@ def test_a_run_that_diverges_stops_with_exit_code_7(
     assert not (tmp_path / "o" / "results.csv").exists()
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code", "at_start"),
+    [
+        (signal.SIGINT, 130, signal.SIG_DFL),
+        (signal.SIGINT, 130, signal.SIG_IGN),
+        (signal.SIGTERM, 143, signal.SIG_IGN),
+    ],
+)
 def test_a_stopped_run_keeps_the_seeds_that_were_finished(
-    tiny: Path, data: Path, tmp_path: Path, number: int, code: int
+    tiny: Path, data: Path, tmp_path: Path, number: int, code: int, at_start: signal.Handlers
 ) -> None:
+    """A shell without job control starts what stands before an `&` with SIGINT ignored."""
     output = tmp_path / "o"
     seeds = ",".join(map(str, range(1_000)))
     process = subprocess.Popen(
@@ -573,8 +581,7 @@ def test_a_stopped_run_keeps_the_seeds_that_were_finished(
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        # What runs behind a shell's `&` ignores Ctrl-C, and so would its children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=lambda: signal.signal(signal.SIGINT, at_start),
     )
     deadline = time.monotonic() + 120
     results = output / "results.csv"

@@ -31,7 +31,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def terminate(signum: int, frame: FrameType | None) -> None:
         raise _Terminated
 
-    previous = signal.signal(signal.SIGTERM, terminate)
+    handlers = {signal.SIGTERM: terminate}
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        # A script's shell starts what stands before an `&` so. Whoever sends it SIGINT means it.
+        handlers[signal.SIGINT] = signal.default_int_handler
+    previous = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     try:
         parser = _make_parser()
         options, unknown = parser.parse_known_args(arguments)
@@ -54,7 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def _show_warning(

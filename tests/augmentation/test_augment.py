@@ -58,7 +58,9 @@ def augment(folder: Path, server: ApiServer, *arguments: str) -> int:
     return main(["augment", "-d", str(folder), "--base-url", server.url, *arguments])
 
 
-def start(folder: Path, server: ApiServer, *arguments: str) -> subprocess.Popen[str]:
+def start(
+    folder: Path, server: ApiServer, *arguments: str, preexec_fn: Callable[[], object] | None = None
+) -> subprocess.Popen[str]:
     """The same in a process of its own, away from the sources."""
     command = [sys.executable, "-m", "twostage", "augment", "-d", str(folder)]
     return subprocess.Popen(
@@ -68,6 +70,7 @@ def start(folder: Path, server: ApiServer, *arguments: str) -> subprocess.Popen[
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=preexec_fn,
     )
 
 
@@ -301,7 +304,7 @@ def test_what_cannot_heal_stops_the_job_and_keeps_what_was_paid_for(
 ) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     server.delay = 0.01
-    server.script = [default_reply] * 12 + [reply] * 100
+    server.script = [*[default_reply] * 12, *[reply] * 100]
     assert augment(folder, server, "--concurrency", "4") == 5
     printed = capsys.readouterr()
     assert said in printed.err
@@ -455,7 +458,7 @@ def test_a_disk_that_is_full_does_not_hide_why_the_job_ended(
         raise UsageError(f"cannot write '{path}': No space left on device")
 
     monkeypatch.setattr("twostage.augmentation.folder.write_table", write_table)
-    server.script = [default_reply] * 12 + [error(401, "revoked")] * 40
+    server.script = [*[default_reply] * 12, *[error(401, "revoked")] * 40]
     assert augment(folder, server, "--concurrency", "4") == 5
     printed = capsys.readouterr()
     assert "the key is refused: revoked" in printed.err
@@ -552,12 +555,20 @@ def uneven_reply(request_id: str, body: Any = None) -> Reply:
     return completion("the same words") if kind == 1 else default_reply(request_id)
 
 
+@pytest.mark.parametrize("at_start", [signal.SIG_DFL, signal.SIG_IGN], ids=["in front", "behind &"])
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_within_seconds_and_keeps_what_was_on_its_way(
-    folder: Path, server: ApiServer, signum: int, code: int
+    folder: Path, server: ApiServer, signum: int, code: int, at_start: signal.Handlers
 ) -> None:
+    """A shell without job control starts what stands before an `&` with SIGINT ignored."""
     server.delay = 0.4
-    process = start(folder, server, "--concurrency", "8")
+    process = start(
+        folder,
+        server,
+        "--concurrency",
+        "8",
+        preexec_fn=lambda: signal.signal(signal.SIGINT, at_start),
+    )
     wait_until(lambda: len(server.calls) >= 12)
     process.send_signal(signum)
     began = time.monotonic()

@@ -73,7 +73,10 @@ class Stop:
 
     @contextmanager
     def on_signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM become reasons to stop. Only the main thread can hear them."""
+        """SIGINT and SIGTERM become reasons to stop, but for those that the process ignores.
+
+        Only the main thread can hear them.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -82,7 +85,8 @@ class Stop:
         def stop(signum: int, frame: FrameType | None) -> None:
             loop.call_soon_threadsafe(self.because, Interrupted(signum))
 
-        previous = {s: signal.signal(s, stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        heard = [s for s in GRACE_SECONDS if signal.getsignal(s) != signal.SIG_IGN]
+        previous = {s: signal.signal(s, stop) for s in heard}
         try:
             yield
         finally:
