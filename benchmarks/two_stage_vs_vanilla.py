@@ -11,8 +11,8 @@ On the demo's data at several rates, several seeds each:
                                 made by `twostage augment --offline`: lexical edits, no paraphrases
     two-stage, trunk cached     re-weighted with `--cache-trunk`: what that approximation costs
 
-Prints a table and one JSON line, and writes both to
-`benchmarks/results/two_stage_vs_vanilla.{md,json}` as each run ends.
+Prints a table and one JSON line, and writes both to `two_stage_vs_vanilla.md` and `.json` in
+`--output` (`benchmarks/results/`) as each run ends.
 
     python benchmarks/two_stage_vs_vanilla.py --data demo
 """
@@ -42,6 +42,7 @@ def main() -> None:
     parser.add_argument("--rates", default="0.1,0.2")
     parser.add_argument("--seeds", default="7,42,106")
     parser.add_argument("--precision", default="auto")
+    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     rates = tuple(map(float, options.rates.split(",")))
     seeds = tuple(map(int, options.seeds.split(",")))
@@ -51,7 +52,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     record = describe_environment(recipe.device) | {
         "what": "MiniLM-L6, critics' snippets, lr 5e-4 / 5e-5, one epoch a stage",
-        "arithmetic": describe_arithmetic(recipe.device, recipe.precision),
+        "arithmetic": describe_arithmetic(recipe),
         "seeds": seeds,
         "rows": rows,
     }
@@ -67,7 +68,7 @@ def main() -> None:
             output = options.data / "results" / f"study-{data_path.name}-{folder_name(name)}"
             result = run_experiment(options.data / "model", read_data(data_path, run), output, run)
             rows += describe(result, data_path.name, name, positives, negatives)
-            save(RESULTS, "two_stage_vs_vanilla", describe_all(rows), record)
+            save(options.output, "two_stage_vs_vanilla", describe_all(rows), record)
             print(describe_all(rows), flush=True)
     print(json.dumps(record))
 
