@@ -61,8 +61,6 @@ class StageSettings:
     """Texts a step."""
     max_grad_norm: float = 1.0
     """L2 norm, over all trained parameters, to which the gradient is clipped."""
-    weight_decay: float = 0.0
-    """AdamW's, decoupled."""
     sampler: str = "random"
     """One of `data.samplers.SAMPLERS`."""
     dtype: torch.dtype = torch.float32
@@ -138,7 +136,7 @@ def train_stage(
         return settings.learning_rate * linear_decay(step, schedule_steps)
 
     store, used_tokens_V = data.store, None
-    if model.bert.embeddings.word.weight.requires_grad and settings.weight_decay == 0:
+    if model.bert.embeddings.word.weight.requires_grad:
         store, used_tokens_V = renumber_tokens(store)
     num_frozen = count_frozen_layers(model)
     title = f"seed {state.seed}, stage {state.stage}"
@@ -149,7 +147,6 @@ def train_stage(
     ):
         moments = state.moments = state.moments or make_moments(work.weights_P)
         scale = state.loss_scale = state.loss_scale or make_loss_scale(settings.dtype, device)
-        assert all(f.num_layers == num_frozen for f in features)
         trunk = None
         if num_frozen:
             trunk = FrozenTrunk(work.model, store, num_frozen, features, settings.impl)
@@ -175,16 +172,8 @@ def train_stage(
             gradients_P = work.take_gradients()
             grad_norm, divisor = clip_divisor(gradients_P, settings.max_grad_norm, scale.factor)
             skip = monitor.watch(loss, grad_norm, scale.update(grad_norm))
-            update_weights(
-                work,
-                gradients_P,
-                moments,
-                inputs.learning_rate,
-                divisor,
-                skip,
-                weight_decay=settings.weight_decay,
-                impl=settings.impl,
-            )
+            rate, impl = inputs.learning_rate, settings.impl
+            update_weights(work, gradients_P, moments, rate, divisor, skip, impl)
 
         graphs = None
         if settings.graphs:
