@@ -1,10 +1,9 @@
 """Whole training steps as CUDA graphs.
 
 At batch 16 a step of BERT-base is some four hundred kernels of a few microseconds each, and Python
-takes longer to launch one than the GPU to run it. A CUDA graph is the recording of a step's
-launches; replaying it is a single call. But a recording repeats the same kernels on the same memory
-with the same shapes, so whatever changes from step to step must lie on the device at a place that
-stays, and shapes must be few. How that is done here:
+takes longer to launch one than the GPU to run it. A CUDA graph records a step's launches; replaying
+it is a single call. But it repeats the same kernels on the same memory with the same shapes, so
+what changes from step to step must lie on the device at a place that stays, and shapes be few:
 
     data         the texts of a run of steps (an epoch; in a frozen trunk's stage, a window) lie on
                  the device end to end, in the order in which the steps draw them
@@ -14,18 +13,17 @@ stays, and shapes must be few. How that is done here:
                  ones have no tokens, and a label that no loss counts
     counters     where the step stands in the run, and from it the learning rate and the numbers of
                  dropout, are read from tables on the device, and the graph itself counts on
-    the rest     weights, moments, gradients, clipping, loss scale and the search for numbers that
-                 are not finite never leave the device anyway (`stage.py`)
+    the rest     weights, moments, gradients and loss scale never leave the device anyway
 
 The host looks up the bucket and replays its graph. Buckets are few: token counts are rounded up to
-multiples of 64, or a thirty-second of the next power of two; lengths to what the attention kernel
-is compiled for. All graphs share one pool of memory, so together they need that of the largest.
+multiples of 64, or a thirty-second of the next power of two; lengths to the attention kernel's
+classes. All graphs share one pool of memory, so together they need that of the largest.
 
-A bucket is recorded when it comes often enough to be worth it; other batches, and those with texts
-too long for the kernels of short attention, take their step as it comes. The first batch of each
-length class takes its step from the tables, but launch by launch, by which its kernels are compiled
-before they are recorded. Recording runs nothing: no step is lost or taken twice. The masks are the
-same with graphs and without, and losses are equal to rounding.
+A length class with steps enough is recorded, and all of its batches are then replayed: a rare
+bucket uses the next larger graph, since filler means nothing. Other batches, and those with texts
+too long for the kernels of short attention, run eagerly. Before the stage's first step, one on
+texts without tokens compiles the kernels of each class. Recording runs nothing: no step is lost or
+taken twice. Masks are the same with graphs and without, losses equal to rounding.
 
 Shapes: E tokens of a run, R steps of a run, B texts of the largest batch, T tokens of a bucket,
 D hidden.
@@ -49,7 +47,7 @@ from ..kernels.dropout import DropoutCounters
 from .inputs import Run, StepInputs
 
 MIN_USES = 4
-"""Steps that a bucket must have for a recording to be worth its time. Not measured on a GPU yet."""
+"""Steps that must use a recording for it to be worth its time. Not measured on a GPU yet."""
 
 
 @dataclass(frozen=True, order=True)
@@ -57,9 +55,9 @@ class Bucket:
     """Batches that one graph can take."""
 
     num_tokens: int
-    """At most."""
+    """Capacity."""
     max_length: int
-    """Tokens of their longest texts, at most."""
+    """Length class: the tokens of a text that the attention kernel is compiled for."""
 
 
 def bucket_of(lengths_B: np.ndarray) -> Bucket | None:
@@ -71,8 +69,21 @@ def bucket_of(lengths_B: np.ndarray) -> Bucket | None:
     return Bucket(-(-tokens // round_to) * round_to, block_of_keys(longest))
 
 
+def choose_graphs(uses: Counter[Bucket]) -> dict[Bucket | None, Bucket]:
+    """The bucket, of the same length class, whose graph takes each; largest first."""
+    of_class = Counter(bucket.max_length for bucket in uses.elements())
+    graph_of: dict[Bucket | None, Bucket] = {}
+    latest: dict[int, Bucket] = {}  # recorded of a class: the next larger for a rare bucket
+    for bucket in sorted(uses, reverse=True):
+        if uses[bucket] >= MIN_USES:
+            latest[bucket.max_length] = bucket
+        if of_class[bucket.max_length] >= MIN_USES:
+            graph_of[bucket] = latest.setdefault(bucket.max_length, bucket)
+    return graph_of
+
+
 class StepGraphs:
-    """Takes the steps of a stage by replaying graphs. Close it to free their memory."""
+    """Takes the steps of a stage by replaying graphs."""
 
     def __init__(
         self,
@@ -86,100 +97,87 @@ class StepGraphs:
         it is. all_batches: rows of every step that the stage can have. lengths_N: tokens of each
         row. learning_rate_at: by the number of the step.
 
-        On a CPU, which has no graphs, a bucket's step runs as it comes: to test all the rest.
+        A CPU, which has no graphs, runs a bucket's step eagerly: to test all the rest.
         """
         self._take_step, self._lengths_N = take_step, lengths_N
         self._learning_rate_at, self._device = learning_rate_at, device
-        self._batch_size = 0
-        uses: Counter[Bucket | None] = Counter()
-        for rows in all_batches:
-            self._batch_size = max(self._batch_size, len(rows))
-            uses[bucket_of(lengths_N[rows])] += 1
-        self.buckets = sorted((b for b, n in uses.items() if b and n >= MIN_USES), reverse=True)
-        """Largest first: of a length class, smaller ones then fit into what these have left."""
+        lengths = [lengths_N[rows] for rows in all_batches]
+        self._batch_size = max(map(len, lengths))
+        uses = Counter(bucket for bucket in map(bucket_of, lengths) if bucket is not None)
+        self.graph_of = choose_graphs(uses)
+        self._to_compile = {bucket.max_length: bucket for bucket in sorted(uses)}  # the largest
         self.capture_seconds = 0.0
-        """Spent on recording so far."""
-        self._has_graphs = device.type == "cuda"
-        self._stream = torch.cuda.Stream(device) if self._has_graphs else None
+        """Spent on compiling and recording so far."""
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._graphs: dict[Bucket, torch.cuda.CUDAGraph] = {}
-        self._compiled: set[int] = set()  # length classes
         self._tables: _DeviceTables | None = None
         self._steps = range(0)  # of the run in the tables
         self._next_step = -1  # at which the device's own counter stands
 
-    def find_bucket(self, rows: np.ndarray) -> Bucket | None:
-        """The bucket whose graph takes this batch; None when the batch is to come without."""
-        bucket = bucket_of(self._lengths_N[rows])
-        return bucket if bucket in self.buckets else None
+    def compile(self, take_step: Callable[[StepInputs], None], hidden_ED: Tensor | None) -> None:
+        """Take a step on texts without tokens in each length class.
+
+        take_step: leaves no trace. hidden_ED: rows like the features', where layers are frozen.
+        """
+        began = perf_counter()
+        for bucket in self._to_compile.values():
+            room = (bucket.num_tokens, 1, self._batch_size)
+            take_step(_DeviceTables(room, hidden_ED, self._device).step_inputs(bucket))
+        self.capture_seconds += perf_counter() - began
+
+    def find_bucket(self, rows_B: np.ndarray) -> Bucket | None:
+        """The bucket whose graph takes this batch; None: its step is to run eagerly."""
+        return self.graph_of.get(bucket_of(self._lengths_N[rows_B]))
 
     def replay(self, bucket: Bucket, step: int, find_run: Callable[[], Run]) -> None:
         """Take step number `step` of the stage. find_run: the run that it is in."""
         if step not in self._steps:
             self._begin_run(find_run())
         assert self._tables is not None
-        is_compiled = bucket.max_length in self._compiled
-        if self._has_graphs and is_compiled and bucket not in self._graphs:
-            self._capture(bucket.max_length)
         if step != self._next_step:
             self._tables.row.fill_(step - self._steps.start)
-        if bucket in self._graphs:
-            self._graphs[bucket].replay()
+        if self._stream is None:
+            self._take_step(self._tables.step_inputs(bucket))
         else:
-            self._take_step_of(bucket)
-            self._compiled.add(bucket.max_length)
+            self._graphs[bucket].replay()
         self._next_step = step + 1
-
-    def close(self) -> None:
-        """Free the graphs' memory."""
-        for graph in self._graphs.values():
-            graph.reset()
-        self._graphs.clear()
 
     def _begin_run(self, run: Run) -> None:
         """Put a run where the graphs look for it."""
         tables = _lay_out(run, self._batch_size, self._learning_rate_at)
-        filler = self.buckets[0].num_tokens
-        if self._tables is None or not self._tables.have_room(tables, filler, run.hidden_ED):
-            self.close()  # what has been recorded looks at the old place
-            self._tables = _DeviceTables(tables, filler, run.hidden_ED, self._device)
-        self._tables.fill(tables, run.masks.key)
-        self._steps = range(run.first_step, run.first_step + len(run.batches))
+        filler = next(iter(self.graph_of.values())).num_tokens
+        num_tokens, num_steps = tables[0].shape[1] + filler, len(run.batches)
+        if self._tables is None or not self._tables.have_room(num_tokens, num_steps, run.hidden_ED):
+            self._graphs.clear()  # they look at the old place
+            # With some room for larger runs.
+            room = (num_tokens + num_tokens // 8, num_steps + num_steps // 2 + 8, self._batch_size)
+            self._tables = _DeviceTables(room, run.hidden_ED, self._device)
+            if self._stream is not None:
+                self._capture(self._tables)
+        self._tables.fill(*tables, run.masks.key)
+        self._steps = range(run.first_step, run.first_step + num_steps)
         self._next_step = -1
 
-    def _capture(self, max_length: int) -> None:
-        """Record all buckets of a length class."""
+    def _capture(self, tables: "_DeviceTables") -> None:
+        """Record all graphs."""
         began = perf_counter()
-        pool = next((graph.pool() for graph in self._graphs.values()), None)
-        pool = pool or torch.cuda.graph_pool_handle()  # not one whose graphs are all gone
-        for bucket in self.buckets:
-            if bucket.max_length == max_length:
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.device(self._device), torch.cuda.graph(graph, pool, self._stream):
-                    self._take_step_of(bucket)
-                self._graphs[bucket] = graph
+        pool = torch.cuda.graph_pool_handle()
+        for bucket in dict.fromkeys(self.graph_of.values()):  # small ones use what large ones left
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.device(self._device), torch.cuda.graph(graph, pool, self._stream):
+                self._take_step(tables.step_inputs(bucket))
+            self._graphs[bucket] = graph
         self.capture_seconds += perf_counter() - began
 
-    def _take_step_of(self, bucket: Bucket) -> None:
-        """What is recorded, or runs launch by launch."""
-        assert self._tables is not None
-        self._take_step(self._tables.step_inputs(bucket))
-        self._tables.row.add_(1)
 
+def _lay_out(
+    run: Run, batch_size: int, learning_rate_at: Callable[[int], float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The run's tables on the CPU: tokens_3E, steps_RX, learning_rates_R. batch_size: B.
 
-@dataclass(frozen=True)
-class _Tables:
-    """A run, laid out."""
-
-    tokens_3E: Tensor
-    """[3, E] int32: id, position, and number of the text in the epoch."""
-    steps_RX: Tensor
-    """[R, 2·B + 2] int32: of each step `cu_seqlens` from 0, labels, and its first token of E."""
-    learning_rates_R: Tensor
-    """[R] fp64."""
-
-
-def _lay_out(run: Run, batch_size: int, learning_rate_at: Callable[[int], float]) -> _Tables:
-    """On the CPU. batch_size: B."""
+    tokens_3E, int32: id, position, and number of the text in the epoch. steps_RX, [R, 2·B + 2]
+    int32: of each step `cu_seqlens` from 0, labels, and its first token of E.
+    """
     num_texts_R1 = np.array([[len(rows)] for rows in run.batches])
     whole = pack(run.store, torch.from_numpy(np.concatenate(run.batches)), round_to=1)
     lengths_N = whole.cu_seqlens.diff()
@@ -197,51 +195,51 @@ def _lay_out(run: Run, batch_size: int, learning_rate_at: Callable[[int], float]
 
     rates = [learning_rate_at(run.first_step + r) for r in range(len(run.batches))]
     learning_rates_R = torch.tensor(rates, dtype=torch.float64)
-    return _Tables(torch.stack(tokens), torch.from_numpy(steps_RX).int(), learning_rates_R)
+    return torch.stack(tokens), torch.from_numpy(steps_RX).int(), learning_rates_R
 
 
 class _DeviceTables:
     """Tables at a place on the device that stays, and what a step reads of them."""
 
     def __init__(
-        self, tables: _Tables, filler: int, hidden_ED: Tensor | None, device: torch.device
+        self, room: tuple[int, int, int], hidden_ED: Tensor | None, device: torch.device
     ) -> None:
-        """Like these, with some room for larger ones. filler: tokens beyond the last step's."""
-        num_steps, num_tokens = len(tables.steps_RX), tables.tokens_3E.shape[1] + filler
-        most_steps, most_tokens = num_steps + num_steps // 2 + 8, num_tokens + num_tokens // 8
+        """Zeros. room: for tokens, also filler beyond the last step's; for steps; B."""
+        num_tokens, num_steps, batch_size = room
         zeros = partial(torch.zeros, dtype=torch.int32, device=device)
-        self._tokens_3E = zeros(3, most_tokens)
-        self._steps_RX = zeros(most_steps, tables.steps_RX.shape[1])
-        self._learning_rates_R = zeros(most_steps, dtype=torch.float64)
+        self._tokens_3E, self._steps_RX = zeros(3, num_tokens), zeros(num_steps, 2 * batch_size + 2)
+        self._learning_rates_R = zeros(num_steps, dtype=torch.float64)
         self._key = zeros(1, dtype=torch.int64)
         self._hidden_ED = hidden_ED
         self._generator = torch.Generator(device)  # of flash attention, which is not for graphs
         self.row = zeros(1, dtype=torch.int64)
         """[1]: the number of the step in the run."""
 
-    def have_room(self, tables: _Tables, filler: int, hidden_ED: Tensor | None) -> bool:
+    def have_room(self, num_tokens: int, num_steps: int, hidden_ED: Tensor | None) -> bool:
         """Whether these would fit in."""
-        enough_tokens = tables.tokens_3E.shape[1] + filler <= self._tokens_3E.shape[1]
-        enough_steps = len(tables.steps_RX) <= len(self._steps_RX)
-        return enough_tokens and enough_steps and hidden_ED is self._hidden_ED
+        room = num_tokens <= self._tokens_3E.shape[1] and num_steps <= len(self._steps_RX)
+        return room and hidden_ED is self._hidden_ED
 
-    def fill(self, tables: _Tables, key: Tensor | None) -> None:
-        """What is left beyond their end, of an earlier run, is as good a filler as any."""
+    def fill(
+        self, tokens_3E: Tensor, steps_RX: Tensor, rates_R: Tensor, key: Tensor | None
+    ) -> None:
+        """From the beginning on; beyond the end, what an earlier run left is filler."""
         assert key is not None, "masks are counted"
-        device, num_tokens = self.row.device, tables.tokens_3E.shape[1]
-        self._tokens_3E[:, :num_tokens] = send(tables.tokens_3E, device)
-        self._steps_RX[: len(tables.steps_RX)] = send(tables.steps_RX, device)
-        rates_R = tables.learning_rates_R
+        device = self.row.device
+        self._tokens_3E[:, : tokens_3E.shape[1]] = send(tokens_3E, device)
+        self._steps_RX[: len(steps_RX)] = send(steps_RX, device)
         self._learning_rates_R[: len(rates_R)] = send(rates_R, device)
         self._key.copy_(key)
 
     def step_inputs(self, bucket: Bucket) -> StepInputs:
-        """Of the step at `row`: gathers on the device."""
+        """Gathers the inputs of the step at `row`, which then counts on: all on the device."""
         step_X = self._steps_RX.index_select(0, self.row)[0]
         batch_size = len(step_X) // 2 - 1
         cu_seqlens, labels_B = step_X[: batch_size + 1], step_X[batch_size + 1 : -1].long()
         tokens_T = step_X[-1] + torch.arange(bucket.num_tokens, device=step_X.device)
         ids_T, positions_T, draws_T = self._tokens_3E.index_select(1, tokens_T)
+        learning_rate = self._learning_rates_R.index_select(0, self.row)[0]
+        self.row.add_(1)
         # A text without tokens begins where the texts end, maybe beyond the last token.
         first_tokens_B = cu_seqlens[:-1].long().clamp(max=bucket.num_tokens - 1)
         return StepInputs(
@@ -251,5 +249,5 @@ class _DeviceTables:
             labels_B,
             DropoutCounters(self._key, draws_T, positions_T, self._generator),
             None if self._hidden_ED is None else self._hidden_ED.index_select(0, ids_T),
-            self._learning_rates_R.index_select(0, self.row)[0],
+            learning_rate,
         )

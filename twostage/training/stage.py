@@ -8,8 +8,8 @@ bit of the outcome. (With CUDA graphs, `graphs.py`: no more than a rounding.)
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from time import perf_counter
 
@@ -24,7 +24,7 @@ from ..kernels.attention import takes_short_texts
 from ..progress import progress_bar
 from .graphs import StepGraphs
 from .inputs import Feed, StepInputs
-from .loss_scale import make_loss_scale
+from .loss_scale import LossScale, make_loss_scale
 from .losses import Loss
 from .optim import clip_divisor, linear_decay, make_moments, update_weights
 from .precision import WorkingCopy
@@ -68,8 +68,7 @@ class StageSettings:
     impl: str = "auto"
     """Of the model's operations and the optimizer's; one of `kernels.IMPLS`."""
     graphs: bool = False
-    """Whether steps are taken as CUDA graphs where that can be (`graphs.py`); with impl `triton`
-    only. On a CPU they run as they come."""
+    """Replay steps as CUDA graphs (`graphs.py`), with impl `triton`; on a CPU, run them eagerly."""
     schedule_steps: int | None = None
     """Steps until the learning rate reaches 0; None: the stage's own number of steps."""
 
@@ -94,7 +93,7 @@ class StepReport:
     learning_rate: float
     examples_per_second: float
     capture_seconds: float = 0.0
-    """Spent on recording CUDA graphs so far in this stage."""
+    """Spent on compiling Triton kernels and recording CUDA graphs so far in this stage."""
 
 
 REPORT_EVERY = 10
@@ -143,7 +142,6 @@ def train_stage(
     with (
         WorkingCopy(model, settings.dtype, used_tokens_V, settings.impl) as work,
         progress_bar(title, total_steps, "step", show_progress) as bar,
-        ExitStack() as at_the_end,
     ):
         moments = state.moments = state.moments or make_moments(work.weights_P)
         scale = state.loss_scale = state.loss_scale or make_loss_scale(settings.dtype, device)
@@ -152,7 +150,9 @@ def train_stage(
             trunk = FrozenTrunk(work.model, store, num_frozen, features, settings.impl)
         feed = Feed(state, store, data.labels_N, trunk, learning_rate_at, settings.impl)
 
-        def take_step(inputs: StepInputs) -> None:
+        def take_step(
+            inputs: StepInputs, monitor: Monitor = monitor, scale: LossScale = scale
+        ) -> None:
             """Forward, backward, clipping, update: all on the device, and the host never waits."""
             if inputs.hidden_TD is None:
                 logits_BC = work.model(
@@ -175,12 +175,15 @@ def train_stage(
             rate, impl = inputs.learning_rate, settings.impl
             update_weights(work, gradients_P, moments, rate, divisor, skip, impl)
 
-        graphs = None
-        if settings.graphs:
-            head_size = model.bert.config.head_size
-            assert takes_short_texts(head_size, settings.dtype, device), "the recipe has checked it"
+        graphs, head_size = None, model.bert.config.head_size
+        if settings.impl == "triton" and takes_short_texts(head_size, settings.dtype, device):
             graphs = StepGraphs(take_step, chain(*epochs), lengths_N, learning_rate_at, device)
-            at_the_end.callback(graphs.close)
+            spare, unused_scale = Monitor(state, 0, device), make_loss_scale(settings.dtype, device)
+            spare.bad.fill_(1.0)  # with it a step changes neither weights nor moments
+            no_trace = partial(take_step, monitor=spare, scale=unused_scale)
+            hidden_DD = work.model.bert.pooler.weight.detach() if num_frozen else None
+            graphs.compile(no_trace, hidden_DD)
+        assert graphs is not None or not settings.graphs, "the recipe has checked it"
 
         bar.update(state.step)
         while state.epoch < settings.epochs:
@@ -188,7 +191,7 @@ def train_stage(
             feed.begin_epoch(batches)
             while state.batch < len(batches):
                 rows_B = batches[state.batch]
-                bucket = None if graphs is None else graphs.find_bucket(rows_B)
+                bucket = graphs.find_bucket(rows_B) if graphs and settings.graphs else None
                 if graphs is None or bucket is None:
                     take_step(feed.step_inputs())
                 else:
