@@ -263,8 +263,8 @@ async def serve(delay: float) -> None:
             length = int(fields.get(b"content-length", b"0"))
             if end and len(rest) >= length:
                 self.received = rest[length:]
-                name = fields.get(b"x-client-request-id", b"").decode()
-                loop.call_later(delay, self.answer, name)
+                request_id = fields.get(b"x-client-request-id", b"").decode()
+                loop.call_later(delay, self.answer, request_id)
 
         def answer(self, name: str) -> None:
             message = {"role": "assistant", "content": f"a film put in other words, {name}"}
