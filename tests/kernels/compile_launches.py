@@ -77,8 +77,8 @@ def run_residual_norm(dtype: torch.dtype) -> None:
 def run_embedding(dtype: torch.dtype) -> None:
     where = counters(NUM_TOKENS)
     for num_features in (24, 384, 768):
-        tables = [leaf(rows, num_features) for rows in (1_000, 512)]
-        rows = [leaf(num_features) for _ in range(3)]
+        tables = (leaf(1_000, num_features), leaf(512, num_features))
+        rows = (leaf(num_features), leaf(num_features), leaf(num_features))
         ids_T = torch.zeros(NUM_TOKENS, dtype=torch.int32)
         out_TD = embed_tokens(
             ids_T, where.positions_T, *tables, *rows, 1e-12, dtype, 0.1, where, 0, "triton"
@@ -116,10 +116,10 @@ def run_cross_entropy(dtype: torch.dtype) -> None:
     for num_classes in (2, 52, 1_000, 5_000):
         weights_C, margins_C = (torch.empty(num_classes) for _ in range(2))
         for ldam in (False, True):
-            extra = (weights_C, margins_C, 1.0) if ldam else (None, None, 1.0)
+            extra = (weights_C, margins_C) if ldam else (None, None)
             labels_B = torch.zeros(16, dtype=torch.int64)
             logits_BC = leaf(16, num_classes, dtype=dtype)
-            fused_cross_entropy(logits_BC, labels_B, *extra, "triton").backward()
+            fused_cross_entropy(logits_BC, labels_B, *extra, 1.0, "triton").backward()
 
 
 def run_adamw(dtype: torch.dtype) -> None:

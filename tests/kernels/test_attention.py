@@ -1,6 +1,7 @@
 """Attention of short texts, in Triton, against the padded form in fp64; flash attention's op."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,8 @@ CheckErrors = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], N
 Attention = Callable[[Tensor, PackedLayout, str, DropoutCounters | None], Tensor]
 
 HEADS = 2
-EXACT, CLOSE = torch.float32, {"rtol": 1e-4, "atol": 1e-5}
+EXACT = torch.float32
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 if torch.cuda.is_available():  # where the kernels are for 16 bits
     EXACT, CLOSE = torch.bfloat16, {"rtol": 2e-2, "atol": 2e-2}
 MIXTURES = [
@@ -337,11 +339,11 @@ def test_what_draws_from_torchs_generator_can_be_made_to_draw_from_ours() -> Non
 def test_flash_attentions_masks_come_from_our_generator_and_leave_torchs_alone(
     device: torch.device,
 ) -> None:
-    rows = torch.randn(200, 3, 128, device=device, dtype=torch.bfloat16).unbind(1)
+    q, k, v = torch.randn(200, 3, 128, device=device, dtype=torch.bfloat16).unbind(1)
     both = (torch.tensor([0, 200], dtype=torch.int32, device=device),) * 2
 
     def run(generator: torch.Generator) -> Tensor:
-        return flash_attention(*rows, both, (200, 200), HEADS, 0.1, generator)
+        return flash_attention(q, k, v, both, (200, 200), HEADS, 0.1, generator)
 
     def seeded(seed: int) -> torch.Generator:
         return torch.Generator(device).manual_seed(seed)

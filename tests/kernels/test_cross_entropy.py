@@ -254,9 +254,11 @@ class TestTriton:
         expected = run(
             fused_cross_entropy, logits_BC, labels_B, weights_C, margins_C, 2.0, "triton"
         )
-        every_other = [t.repeat_interleave(2)[::2] for t in (labels_B, weights_C, margins_C)]
+        labels_B, weights_C, margins_C = (
+            t.repeat_interleave(2)[::2] for t in (labels_B, weights_C, margins_C)
+        )
         leaf = logits_BC.t().contiguous().t().requires_grad_()
-        loss = fused_cross_entropy(leaf, *every_other, 2.0, "triton")
+        loss = fused_cross_entropy(leaf, labels_B, weights_C, margins_C, 2.0, "triton")
         for times in (1, 2):
             (3 * loss).backward(retain_graph=True)
             torch.testing.assert_close(leaf.grad, times * expected[1])

@@ -19,20 +19,29 @@ CheckErrors = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], N
 NUM_WORDS, NUM_POSITIONS = 11, 9
 
 
-def random_inputs(tokens: int, features: int, device: torch.device) -> tuple[list[Tensor], ...]:
-    """([input ids, position ids], [tables and norm])."""
+Ids = tuple[Tensor, Tensor]
+Leaves = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def random_inputs(tokens: int, features: int, device: torch.device) -> tuple[Ids, Leaves]:
+    """((input ids, position ids), (tables and norm))."""
     generator = torch.Generator().manual_seed(tokens * 1_000 + features)
-    ids = [torch.randint(n, (tokens,), generator=generator) for n in (NUM_WORDS, NUM_POSITIONS)]
+    words_T, positions_T = (
+        torch.randint(n, (tokens,), generator=generator).to(device)
+        for n in (NUM_WORDS, NUM_POSITIONS)
+    )
     shapes = ((NUM_WORDS, features), (NUM_POSITIONS, features), *[(features,)] * 3)
-    leaves = [torch.randn(shape, generator=generator) for shape in shapes]
-    leaves[3] = 1 + 0.3 * leaves[3]
-    return [i.to(device) for i in ids], [leaf.to(device) for leaf in leaves]
+    word_VD, position_LD, token_type_D, weight_D, bias_D = (
+        torch.randn(shape, generator=generator).to(device) for shape in shapes
+    )
+    leaves = (word_VD, position_LD, token_type_D, 1 + 0.3 * weight_D, bias_D)
+    return (words_T, positions_T), leaves
 
 
 def run(
     function: Callable[..., Tensor],
-    ids: list[Tensor],
-    leaves: list[Tensor],
+    ids: Sequence[Tensor],
+    leaves: Sequence[Tensor],
     dtype: torch.dtype,
     randomness: DropoutCounters | None,
     *,
@@ -127,7 +136,8 @@ class TestTriton:
         ids[0].clamp_(max=NUM_WORDS - 1)
         for i in ids:
             i[8:] = 0
-        leaves = [leaf.requires_grad_() for leaf in leaves]
+        for leaf in leaves:
+            leaf.requires_grad_()
         out_TD = embed_tokens(
             *ids, *leaves, 1e-12, torch.bfloat16, 0.1, counters(12), impl="triton"
         )
@@ -177,7 +187,7 @@ class TestTriton:
         for i, leaf in enumerate(leaves):
             leaf.requires_grad_(i != frozen)
         out_TD = embed_tokens(*ids, *leaves, 1e-12, torch.float32, impl="triton")
-        with Summed():
+        with Summed():  # type: ignore[no-untyped-call]
             out_TD.sum().backward()
         assert rows == [(NUM_WORDS, NUM_POSITIONS)[1 - frozen]]
         assert [leaf.grad is None for leaf in leaves] == [i == frozen for i in range(5)]
@@ -188,12 +198,14 @@ class TestTriton:
         ids, leaves = random_inputs(6, 20, device)
         where = counters(6)
         expected = run(embed_tokens, ids, leaves, torch.float32, where, impl="triton")
-        leaves = [leaf.requires_grad_() for leaf in leaves]
-        tables = [leaf.t().contiguous().t() for leaf in leaves[:2]]
-        rows = [leaf.repeat_interleave(2)[::2] for leaf in leaves[2:]]
-        strided = [i.repeat_interleave(2)[::2] for i in ids]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        word_VD, position_LD = (leaf.t().contiguous().t() for leaf in leaves[:2])
+        token_type_D, weight_D, bias_D = (leaf.repeat_interleave(2)[::2] for leaf in leaves[2:])
+        words_T, positions_T = (i.repeat_interleave(2)[::2] for i in ids)
+        tables = (word_VD, position_LD, token_type_D, weight_D, bias_D)
         out_TD = embed_tokens(
-            *strided, *tables, *rows, 1e-12, torch.float32, 0.1, where, 2, "triton"
+            words_T, positions_T, *tables, 1e-12, torch.float32, 0.1, where, 2, "triton"
         )
         upstream_TD = (torch.arange(120, device=device).view(6, 20) * 0.7).cos()
         out_TD.backward(upstream_TD.t().contiguous().t())
@@ -205,7 +217,8 @@ class TestTriton:
         self, device: torch.device, counters: MakeCounters
     ) -> None:
         ids, leaves = random_inputs(6, 20, device)
-        leaves = [leaf.requires_grad_() for leaf in leaves]
+        for leaf in leaves:
+            leaf.requires_grad_()
         out_TD = embed_tokens(*ids, *leaves, 1e-12, torch.float32, 0.1, counters(6), impl="triton")
         out_TD.backward(out_TD.detach(), retain_graph=True)
         once = [leaf.grad.clone() for leaf in leaves]
@@ -237,7 +250,7 @@ class TestTriton:
         self, device: torch.device, counters: MakeCounters
     ) -> None:
         def function(*arguments: Any) -> Tensor:
-            return embed_tokens(*arguments, impl="triton")
+            return embed_tokens(*arguments, impl="triton")  # type: ignore[misc]
 
         ids, leaves = random_inputs(6, 20, device)
         where = counters(6)

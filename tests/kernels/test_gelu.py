@@ -95,8 +95,8 @@ class TestTriton:
             assert torch.equal(ours, its)
 
     def test_a_second_backward_adds_the_same_again(self, device: torch.device) -> None:
-        leaves = [t.requires_grad_() for t in random_inputs(6, 40, device)]
-        y_TI = bias_gelu(*leaves, "triton")
+        leaves = x_TI, bias_I = [t.requires_grad_() for t in random_inputs(6, 40, device)]
+        y_TI = bias_gelu(x_TI, bias_I, "triton")
         y_TI.backward(y_TI.detach(), retain_graph=True)
         once = [leaf.grad.clone() for leaf in leaves]
         y_TI.backward(y_TI.detach())

@@ -104,12 +104,12 @@ def test_the_written_out_gradients_are_autograds(queries: int, dropout_p: float)
     mask[1, :, :, 6:] = float("-inf")
     outcomes = []
     for operation in (attend, reference_attend):
-        inputs = [leaf.clone().requires_grad_() for leaf in leaves]
+        inputs = q, k, v = [leaf.clone().requires_grad_() for leaf in leaves]
         kept, scale = None, 1.0
         if dropout_p:
             drawn = torch.Generator().manual_seed(3)
             kept, scale = dropout_mask((2, HEADS, queries, 9), dropout_p, drawn, torch.float64)
-        context = operation(*inputs, mask, kept, scale)
+        context = operation(q, k, v, mask, kept, scale)
         (context * torch.linspace(-1, 2, context.numel()).view_as(context)).sum().backward()
         outcomes.append([context, *(leaf.grad for leaf in inputs)])
     for ours, reference in zip(*outcomes, strict=True):

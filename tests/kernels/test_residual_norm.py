@@ -19,19 +19,20 @@ SHAPES = [(1, 1), (1, 8), (3, 7), (37, 20), (64, 384), (5, 768), (2, 1_025)]
 
 def random_inputs(
     rows: int, features: int, dtype: torch.dtype, device: torch.device | None = None
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(rows * 1_000 + features)
     x, residual, weight, bias = (
         torch.randn(shape, generator=generator)
         for shape in ((rows, features), (rows, features), (features,), (features,))
     )
-    inputs = [x.to(dtype), residual.to(dtype), 1 + 0.3 * weight, 0.1 * bias]
-    return [t.to(device).requires_grad_() for t in inputs]
+    inputs = x.to(dtype), residual.to(dtype), 1 + 0.3 * weight, 0.1 * bias
+    x, residual, weight, bias = (t.to(device).requires_grad_() for t in inputs)
+    return x, residual, weight, bias
 
 
 def run(
     function: Callable[..., Tensor],
-    inputs: list[Tensor],
+    inputs: Sequence[Tensor],
     dtype: torch.dtype,
     randomness: Randomness | None,
     **more: str,
@@ -74,10 +75,15 @@ class TestTorch:
                 leaves[2:] = [t.detach().double().requires_grad_() for t in inputs[2:]]
             generator = torch.Generator().manual_seed(1)
             if kind == "ours":
-                out = dropout_residual_norm(*leaves, 1e-12, 0.1, generator)
+                x, residual, weight, bias = leaves
+                out = dropout_residual_norm(x, residual, weight, bias, 1e-12, 0.1, generator)
             else:  # fp32 between bf16 ends
-                wide = [t if dtype == torch.float64 else t.float() for t in leaves]
-                out = reference_dropout_residual_norm(*wide, 1e-12, 0.1, generator).to(dtype)
+                x, residual, weight, bias = (
+                    t if dtype == torch.float64 else t.float() for t in leaves
+                )
+                out = reference_dropout_residual_norm(
+                    x, residual, weight, bias, 1e-12, 0.1, generator
+                ).to(dtype)
             out.backward(torch.ones_like(out) + 0.5 * inputs[0].detach().to(dtype))
             return [out.detach(), *(leaf.grad for leaf in leaves)]
 
@@ -135,7 +141,7 @@ class TestTriton:
     def test_rows_far_from_zero_keep_their_spread(
         self, device: torch.device, check_errors: CheckErrors
     ) -> None:
-        inputs = random_inputs(9, 384, torch.float32, device)
+        inputs = [*random_inputs(9, 384, torch.float32, device)]
         inputs[1] = inputs[1].detach() + 4_000  # a one-pass variance would be 0 here, or negative
         functions = (dropout_residual_norm, reference_dropout_residual_norm)
         ours = run(functions[0], inputs, torch.float32, None, impl="triton")
@@ -210,8 +216,10 @@ class TestTriton:
     ) -> None:
         where = counters(5)
 
-        def loss(*leaves: Tensor) -> Tensor:
-            normed_TD = dropout_residual_norm(*leaves, 1e-12, 0.1, where, 3, impl="triton")
+        def loss(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            normed_TD = dropout_residual_norm(
+                x, residual, weight, bias, 1e-12, 0.1, where, 3, impl="triton"
+            )
             return (normed_TD * normed_TD.detach().sin()).sum()
 
         results = []
