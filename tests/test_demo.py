@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from matplotlib.image import imread
@@ -10,7 +11,7 @@ from matplotlib.image import imread
 from twostage import demo
 from twostage.data.tables import read_table, write_table
 from twostage.errors import UsageError
-from twostage.experiment import ExperimentData
+from twostage.experiment import ExperimentData, run_experiment
 from twostage.recipe import Recipe
 from twostage.two_stage import Result
 
@@ -66,13 +67,10 @@ def test_the_three_runs_differ_only_in_method_and_epochs(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipes: list[Recipe] = []
-    original = demo.run_experiment
 
-    def spy(
-        model: Path, data: ExperimentData, output: Path, recipe: Recipe, **kw: object
-    ) -> Result:
+    def spy(model: Path, data: ExperimentData, output: Path, recipe: Recipe, **kw: Any) -> Result:
         recipes.append(recipe)
-        return original(model, data, output, recipe, **kw)  # type: ignore[arg-type]
+        return run_experiment(model, data, output, recipe, **kw)
 
     monkeypatch.setattr(demo, "run_experiment", spy)
     demo.run_demo(small, rate=0.2, seed=3, say=lambda line: None)

@@ -42,6 +42,6 @@ def test_elsewhere_nothing_happens(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(name: object) -> None:
         raise AssertionError("asked for the C library")
 
-    monkeypatch.setattr(memory.ctypes, "CDLL", refuse)
-    monkeypatch.setattr(memory.sys, "platform", "darwin")
+    monkeypatch.setattr("ctypes.CDLL", refuse)
+    monkeypatch.setattr("sys.platform", "darwin")
     memory.keep_freed_memory()

@@ -26,8 +26,8 @@ from twostage.model.checkpoint import (
 from twostage.saved_model import ModelInfo, save_model
 from twostage.training import stage as stage_module
 from twostage.training import trunk
-from twostage.training.stage import StageSettings, StepReport, train_stage
-from twostage.training.state import HEAD_STREAM, derive_seed
+from twostage.training.stage import StageData, StageSettings, StepReport, train_stage
+from twostage.training.state import HEAD_STREAM, TrainingState, derive_seed
 from twostage.two_stage import Result
 
 TEXTS = ["good film", "fine", "great fun", "bad film", "awful"]
@@ -63,8 +63,8 @@ def losses_of_a_transformers_loop(
     model = torch.nn.ModuleDict({"encoder": encoder, "head": head}).train()
 
     counts = np.bincount(labels)
-    weights = (1 - 0.9999) / (1 - 0.9999**counts)
-    weights = torch.tensor(weights / weights.sum() * 2, dtype=torch.float32)
+    shares = (1 - 0.9999) / (1 - 0.9999**counts)
+    weights = torch.tensor(shares / shares.sum() * 2, dtype=torch.float32)
     margins = torch.tensor(0.5 * (counts / counts.min()) ** -0.25, dtype=torch.float32)
 
     def ldam(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -128,7 +128,7 @@ def test_losses_equal_those_of_a_transformers_loop_for_20_steps_of_each_stage(
 RECIPE = Recipe(seeds=(7, 42), batch_size=2, device="cpu")
 
 
-def run(model: Path, recipe: Recipe = RECIPE, **kwargs: object) -> Result:
+def run(model: Path, recipe: Recipe = RECIPE, **kwargs: Any) -> Result:
     return train_two_stage(
         model, (TEXTS, [1, 1, 1, 0, 0]), (TEXTS, [1, 1, 1, 0, 0]), recipe, **kwargs
     )
@@ -146,42 +146,43 @@ def test_a_run_repeats_bit_for_bit_and_seeds_do_not_depend_on_each_other(tiny: P
 def test_process_wide_random_state_is_neither_read_nor_changed(tiny: Path) -> None:
     torch.manual_seed(1)
     np.random.seed(1)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()
+    before = torch.get_rng_state(), np.random.get_state(legacy=False)
     first = run(tiny)
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1])
+    after = np.random.get_state(legacy=False)
+    assert np.array_equal(after["state"]["key"], before[1]["state"]["key"])
     torch.manual_seed(2)
     assert np.array_equal(run(tiny).seeds[0].logits_NC, first.seeds[0].logits_NC)
 
 
 @pytest.fixture
-def stages(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+def stages(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What each stage was given; the stages still run."""
-    seen: list[dict[str, object]] = []
+    seen: list[dict[str, Any]] = []
 
     def spy(
-        state: object, data: object, loss: object, settings: StageSettings, **kw: object
+        state: TrainingState, data: StageData, loss: Any, settings: StageSettings, **kw: Any
     ) -> None:
-        model = state.model  # type: ignore[attr-defined]
+        model = state.model
         trained = {n for n, p in model.named_parameters() if p.requires_grad}
         seen.append(
             {
-                "stage": state.stage,  # type: ignore[attr-defined]
-                "rows": len(data),  # type: ignore[arg-type]
+                "stage": state.stage,
+                "rows": len(data),
                 "settings": settings,
                 "trained": trained,
                 "all": {n for n, _ in model.named_parameters()},
-                "loss": float(loss(torch.tensor([[0.0, 1.0]] * 2), torch.tensor([0, 1]))),  # type: ignore[operator]
+                "loss": float(loss(torch.tensor([[0.0, 1.0]] * 2), torch.tensor([0, 1]))),
             }
         )
-        train_stage(state, data, loss, settings, **kw)  # type: ignore[arg-type]
+        train_stage(state, data, loss, settings, **kw)
 
     monkeypatch.setattr("twostage.two_stage.train_stage", spy)
     return seen
 
 
 def test_stage_1_trains_the_top_and_stage_2_everything(
-    tiny: Path, stages: list[dict[str, object]]
+    tiny: Path, stages: list[dict[str, Any]]
 ) -> None:
     run(tiny, replace(RECIPE, seeds=(7,)))
     first, second = stages
@@ -195,7 +196,7 @@ def test_stage_1_trains_the_top_and_stage_2_everything(
 
 
 def test_vanilla_and_no_epochs_of_stage_1_are_the_same_run(
-    tiny: Path, stages: list[dict[str, object]]
+    tiny: Path, stages: list[dict[str, Any]]
 ) -> None:
     vanilla = run(tiny, replace(RECIPE, method="vanilla"))
     none = run(tiny, replace(RECIPE, epochs_stage_1=0))
@@ -204,7 +205,7 @@ def test_vanilla_and_no_epochs_of_stage_1_are_the_same_run(
 
 
 def test_augment_trains_stage_1_on_augmented_data_with_plain_cross_entropy(
-    tiny: Path, stages: list[dict[str, object]]
+    tiny: Path, stages: list[dict[str, Any]]
 ) -> None:
     recipe = replace(RECIPE, method="augment", seeds=(7,))
     augmented = (TEXTS * 4, [1, 1, 1, 0, 0] * 4)
@@ -234,7 +235,7 @@ def test_a_class_without_augmented_row_is_named(tiny: Path) -> None:
     ],
 )
 def test_which_stage_the_sampler_serves(
-    tiny: Path, stages: list[dict[str, object]], sampler: str, method: str, expected: list[str]
+    tiny: Path, stages: list[dict[str, Any]], sampler: str, method: str, expected: list[str]
 ) -> None:
     run(tiny, replace(RECIPE, sampler=sampler, method=method, seeds=(7,)))
     assert [s["settings"].sampler for s in stages] == expected
@@ -245,7 +246,7 @@ def test_each_seed_starts_from_the_pretrained_weights_and_hands_over_its_model(t
 
     def keep(result: Result, model: BertClassifier) -> None:
         start = load_checkpoint(tiny).tensors["layers.0.qkv.weight"]
-        moved = (model.bert.layers[0].qkv.weight - start).abs().max().item()
+        moved = (model.state_dict()["bert.layers.0.qkv.weight"] - start).abs().max().item()
         handed.append((result.seeds[-1].seed, moved))
 
     run(tiny, on_seed_end=keep)
@@ -296,8 +297,13 @@ def test_the_trunk_is_shared_by_all_seeds_with_new_masks_in_each_epoch(
         return features
 
     monkeypatch.setattr(trunk, "compute_features", spy)
-    rates = {"learning_rate_stage_1": 1e-2, "learning_rate_stage_2": 1e-2}
-    recipe = replace(RECIPE, epochs_stage_1=3, share_trunk=True, **rates)
+    recipe = replace(
+        RECIPE,
+        epochs_stage_1=3,
+        share_trunk=True,
+        learning_rate_stage_1=1e-2,
+        learning_rate_stage_2=1e-2,
+    )
     shared = run(tiny, recipe)
     assert len(computed) == 3, "not once more for the second seed"
     assert not torch.equal(computed[0], computed[1])
@@ -381,7 +387,7 @@ def test_reports_name_seed_and_stage(tiny: Path) -> None:
     ],
 )
 def test_a_recipe_that_cannot_be_is_refused_by_the_name_of_its_field(
-    change: dict[str, object], message: str
+    change: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UsageError, match=message):
         replace(RECIPE, **change)

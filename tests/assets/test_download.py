@@ -6,7 +6,6 @@ import io
 import os
 import random
 import socket
-import sys
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
@@ -588,9 +587,10 @@ def test_a_bar_counts_bytes_on_a_terminal_only(
 
     url = server.file("/a", BODY, length=length)
     for is_terminal in (False, True):
-        monkeypatch.setattr("sys.stderr", Terminal())
+        terminal = Terminal()
+        monkeypatch.setattr("sys.stderr", terminal)
         assert get(url, show_progress=True) == BODY
-        said = sys.stderr.getvalue()  # type: ignore[attr-defined]
+        said = terminal.getvalue()
         assert ("data.bin" in said) == is_terminal
     monkeypatch.undo()
     assert "B/s" in said

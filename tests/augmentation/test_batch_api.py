@@ -39,6 +39,7 @@ from twostage.augmentation.batch_api import (
     answer_by_batches,
 )
 from twostage.augmentation.openai_client import (
+    SHOWN,
     ApiError,
     ApiKey,
     AuthenticationError,
@@ -145,7 +146,7 @@ class BatchApi:
 
     def _upload(self, request: HttpRequest) -> Reply:
         head = f"Content-Type: {request.headers['content-type']}\r\n\r\n".encode()
-        parts = email.message_from_bytes(head + request.body).get_payload()
+        parts: Any = email.message_from_bytes(head + request.body).get_payload()
         fields = {
             part.get_param("name", header="content-disposition"): part.get_payload(decode=True)
             for part in parts
@@ -366,7 +367,7 @@ def haste() -> Iterator[None]:
     context = httpx.create_ssl_context()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(httpx, "create_ssl_context", lambda: context)
-        patch.setattr(batch_api.os, "fsync", lambda descriptor: None)
+        patch.setattr(os, "fsync", lambda descriptor: None)
         yield
 
 
@@ -568,7 +569,7 @@ def lay_fuse(
                     raise
                 fsync(descriptor)
 
-            patch.setattr(batch_api.os, "fsync", sync)
+            patch.setattr(os, "fsync", sync)
 
 
 @pytest.mark.parametrize(
@@ -726,7 +727,7 @@ def test_a_disk_that_is_full_leaves_no_half_line(
         raise OSError(28, "No space left on device")
 
     api = BatchApi()
-    monkeypatch.setattr(batch_api.os, "fsync", refuse)
+    monkeypatch.setattr(os, "fsync", refuse)
     with pytest.raises(UsageError, match="No space left on device"):
         run(api, state, kept)
     assert state.read_bytes() == b""
@@ -1202,7 +1203,7 @@ def test_the_key_is_in_no_error_though_the_server_quotes_it(state: Path, kept: K
     refusal = error(400, f"the key {secret} may not do this")
     problems = [
         {"code": "invalid", "message": f"{'x' * before} {secret} may not do this"}
-        for before in (5, batch_api.SHOWN - 20)
+        for before in (5, SHOWN - 20)
     ]
     api = BatchApi(
         Plan(answer=refuse(refusal)),

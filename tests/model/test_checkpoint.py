@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from twostage.errors import ModelError, TwoStageWarning
+from twostage.model.bert import BertClassifier
 from twostage.model.checkpoint import (
     Checkpoint,
     build_model,
@@ -40,7 +41,7 @@ def rewrite(folder: Path, change: object) -> None:
     save_file(change(stored), path)  # type: ignore[operator]
 
 
-def build(checkpoint: Checkpoint) -> object:
+def build(checkpoint: Checkpoint) -> BertClassifier:
     return build_model(checkpoint, 3, torch.Generator().manual_seed(0))
 
 
@@ -49,9 +50,9 @@ def test_models_of_one_checkpoint_share_nothing(folder: Path) -> None:
     a, b = build(checkpoint), build(checkpoint)
     before = checkpoint.tensors["layers.0.qkv.weight"].clone()
     with torch.no_grad():
-        a.bert.layers[0].qkv.weight.zero_()
+        a.get_parameter("bert.layers.0.qkv.weight").zero_()
     assert torch.equal(checkpoint.tensors["layers.0.qkv.weight"], before)
-    assert torch.equal(b.bert.layers[0].qkv.weight, before)
+    assert torch.equal(b.get_parameter("bert.layers.0.qkv.weight"), before)
 
 
 def test_old_layer_norm_names_and_the_bert_prefix_are_read(folder: Path) -> None:

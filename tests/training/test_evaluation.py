@@ -35,7 +35,7 @@ def test_logits_come_in_the_order_of_the_data_whatever_the_batches(
 def test_logits_that_are_not_finite_are_refused(tiny_checkpoint: Checkpoint) -> None:
     model = build_model(tiny_checkpoint, 3, torch.Generator().manual_seed(0))
     with torch.no_grad():
-        model.classifier[2].bias[1] = float("nan")
+        model.get_parameter("classifier.2.bias")[1] = float("nan")
     store = TokenStore(torch.arange(1, 4).int(), torch.tensor([0, 3]))
     with pytest.raises(NonFiniteError, match="logits are not finite"):
         predict_logits(model, store)

@@ -78,12 +78,12 @@ def compare(ours: Metrics, labels_N: np.ndarray, logits_NC: np.ndarray) -> None:
     f1 = sklearn.metrics.f1_score
     assert ours.macro_f1 == pytest.approx(f1(labels_N, predictions_N, average="macro", **options))
     assert ours.micro_f1 == pytest.approx(f1(labels_N, predictions_N, average="micro", **options))
-    for mine, score in (
+    for value, score in (
         (ours.micro_f1, sklearn.metrics.accuracy_score),
         (ours.balanced_accuracy, sklearn.metrics.balanced_accuracy_score),
         (ours.mcc, sklearn.metrics.matthews_corrcoef),
     ):
-        assert mine == pytest.approx(score(labels_N, predictions_N))
+        assert value == pytest.approx(score(labels_N, predictions_N))
     probabilities_NC = np.exp(logits_NC.astype(np.float64))
     probabilities_NC /= probabilities_NC.sum(axis=1, keepdims=True)
     for c in classes:
