@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from twostage.data.packing import TokenStore
+from twostage.data.samplers import epoch_batches
 from twostage.errors import NonFiniteError
 from twostage.kernels import adamw
 from twostage.kernels.cross_entropy import IGNORED_LABEL, fused_cross_entropy
@@ -213,7 +214,7 @@ def test_long_texts_and_rare_classes_run_eagerly(
 
 def _batches(epoch: int) -> list[np.ndarray]:
     lengths_N = DATA.store.lengths.numpy()
-    return stage_module.epoch_batches("random", DATA.labels_N, lengths_N, 4, (7, 1), epoch)
+    return epoch_batches("random", DATA.labels_N, lengths_N, 4, (7, 1), epoch)
 
 
 def test_a_step_that_is_not_finite_is_found_and_changes_nothing(
@@ -402,6 +403,7 @@ def test_the_tables_give_each_step_its_texts_labels_masks_and_learning_rate() ->
         assert inputs.labels_B.tolist() == labels
         numbers = [next(draws) for _ in rows]
         expected = [n for n, text in zip(numbers, texts, strict=True) for _ in text]
+        assert isinstance(inputs.randomness, DropoutCounters)
         assert inputs.randomness.draws_T[: ends[-1]].tolist() == expected
         assert int(inputs.randomness.key) == 5
         assert inputs.learning_rate.dtype == torch.float64
@@ -438,8 +440,11 @@ def test_filler_tokens_and_missing_texts_have_gradients_of_exactly_zero(
         parameters = dict(plain.named_parameters())
         model = cast_model(plain.bert.config, parameters, GRAPHED.dtype, "triton").to(DEVICE)
         rows = torch.arange(num_tokens)
+        assert isinstance(first.randomness, DropoutCounters)
         counters = first.randomness.take(rows)
-        here = [x.to(DEVICE) for x in (counters.key, counters.draws_T, counters.positions_T)]
+        key, draws_T, positions_T = (
+            x.to(DEVICE) for x in (counters.key, counters.draws_T, counters.positions_T)
+        )
         layout = replace(
             first.layout,
             cu_seqlens=cu_seqlens.to(DEVICE),
@@ -450,7 +455,7 @@ def test_filler_tokens_and_missing_texts_have_gradients_of_exactly_zero(
             first.position_ids_T[rows].to(DEVICE),
             layout.cu_seqlens,
             layout=layout,
-            randomness=DropoutCounters(*here, torch.Generator(DEVICE)),
+            randomness=DropoutCounters(key, draws_T, positions_T, torch.Generator(DEVICE)),
         )
         fused_cross_entropy(logits_BC, labels_B.to(DEVICE), impl="triton").backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
@@ -509,6 +514,13 @@ def test_a_class_counts_all_of_its_steps() -> None:
     assert set(choose_graphs(uses).values()) == {max(uses)}
     uses.pop(max(uses))
     assert choose_graphs(uses) == {}
+
+
+@pytest.mark.usefixtures("as_many_uses_as_set")
+def test_a_rare_class_uses_a_longer_ones_graph() -> None:
+    rare, too_large, long = Bucket(64, 16), Bucket(192, 16), Bucket(128, 64)
+    uses = Counter({rare: MIN_USES - 2, too_large: 1, long: MIN_USES})
+    assert choose_graphs(uses) == {long: long, rare: long}
 
 
 @pytest.mark.usefixtures("as_many_uses_as_set")

@@ -20,10 +20,10 @@ multiples of 64, or a thirty-second of the next power of two; lengths to the att
 classes. All graphs share one pool of memory, so together they need that of the largest.
 
 A length class with steps enough is recorded, and all of its batches are then replayed: a rare
-bucket uses the next larger graph, since filler means nothing. Other batches, and those with texts
-too long for the kernels of short attention, run eagerly. Before the stage's first step, one on
-texts without tokens compiles the kernels of each class. Recording runs nothing: no step is lost or
-taken twice. Masks are the same with graphs and without, losses equal to rounding.
+bucket uses the next larger graph, since filler means nothing, and a rare class that of a longer
+one. What fits none, and texts too long for the kernels of short attention, run eagerly. Before the
+stage's first step, one on texts without tokens compiles the kernels of each class. Recording runs
+nothing: no step is lost or taken twice. Masks are the same with graphs, losses equal to rounding.
 
 Shapes: E tokens of a run, R steps of a run, B texts of the largest batch, T tokens of a bucket,
 D hidden.
@@ -70,16 +70,15 @@ def bucket_of(lengths_B: np.ndarray) -> Bucket | None:
 
 
 def choose_graphs(uses: Counter[Bucket]) -> dict[Bucket | None, Bucket]:
-    """The bucket, of the same length class, whose graph takes each; largest first."""
+    """The bucket whose graph takes each, largest first: no smaller, and of no shorter class."""
     of_class = Counter(bucket.max_length for bucket in uses.elements())
-    graph_of: dict[Bucket | None, Bucket] = {}
-    latest: dict[int, Bucket] = {}  # recorded of a class: the next larger for a rare bucket
-    for bucket in sorted(uses, reverse=True):
-        if uses[bucket] >= MIN_USES:
-            latest[bucket.max_length] = bucket
-        if of_class[bucket.max_length] >= MIN_USES:
-            graph_of[bucket] = latest.setdefault(bucket.max_length, bucket)
-    return graph_of
+    buckets = sorted(uses, reverse=True)
+    worth = [bucket for bucket in buckets if of_class[bucket.max_length] >= MIN_USES]
+    largest = {bucket.max_length: bucket for bucket in reversed(worth)}
+    recorded = [b for b in worth if uses[b] >= MIN_USES or b == largest[b.max_length]]
+    recorded.sort(key=lambda bucket: (bucket.max_length, bucket.num_tokens))
+    takers = {b: [r for r in recorded if r >= b and r.max_length >= b.max_length] for b in buckets}
+    return {bucket: fitting[0] for bucket, fitting in takers.items() if fitting}
 
 
 class StepGraphs:
