@@ -146,11 +146,13 @@ def test_dropout_residual_norm_equals_its_parts(
     for p in (0.0, 0.3):
         mask = dropout(ones, p, torch.Generator(device).manual_seed(1)).cpu().double()
         exact_in = [leaf.double().requires_grad_() for leaf in leaves]
-        exact = reference_dropout_residual_norm(exact_in[0] * mask, *exact_in[1:], 1e-12)
+        x, residual, weight, bias = exact_in
+        exact = reference_dropout_residual_norm(x * mask, residual, weight, bias, 1e-12)
         exact.sin().sum().backward()
         ours_in = [leaf.detach().to(device).requires_grad_() for leaf in leaves]
         seeded = torch.Generator(device).manual_seed(1)
-        ours = dropout_residual_norm(*ours_in, 1e-12, p, seeded)
+        x, residual, weight, bias = ours_in
+        ours = dropout_residual_norm(x, residual, weight, bias, 1e-12, p, seeded)
         ours.sin().sum().backward()
         assert relative_error(ours, exact) < bound
         for mine, true in zip(ours_in, exact_in, strict=True):
@@ -236,6 +238,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(
 
 
 @NO_GPU
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode")  # that it is a prototype
 def test_the_host_waits_for_the_gpu_at_reports_alone(
     tiny_checkpoint: Checkpoint, data: StageData
 ) -> None:
