@@ -10,7 +10,6 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
 import tempfile
@@ -20,9 +19,8 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
 from pathlib import Path
-from threading import Timer
 from time import perf_counter
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
@@ -215,48 +213,54 @@ def run_child_rows(script: Path, job: dict[str, Any], timeout: float) -> Iterato
     """
     command = [sys.executable, str(script), "--job", json.dumps(job)]
     deadline = perf_counter() + timeout
-    num_rows = 0
-    with (
-        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as compiled,
-        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr,
-        subprocess.Popen(
-            command,
-            env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": compiled},
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-            # A group of its own: torch.compile's workers would keep stdout open, and us waiting.
-            start_new_session=True,
-        ) as process,
-    ):
-        assert process.stdout is not None
-        timer = Timer(timeout, kill_group, [process])
-        timer.start()
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        stdout, stderr = Path(folder, "stdout"), Path(folder, "stderr")
+        with stdout.open("wb") as out, stderr.open("wb") as err:
+            # Into files: a pipe would stay open, and we waiting, as long as the workers of a
+            # torch.compile that was cut off hold it.
+            process = subprocess.Popen(
+                command,
+                env=os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(Path(folder, "compiled"))},
+                stdout=out,
+                stderr=err,
+            )
+        num_rows = 0
         try:
-            for line in process.stdout:
-                try:
-                    row = json.loads(line)
-                except ValueError:
-                    continue
-                if isinstance(row, dict):
+            with stdout.open(encoding="utf-8", errors="replace") as printed:
+                for row in _rows_until_it_ends(process, printed, deadline):
                     num_rows += 1
                     yield row
-            process.wait()
-        finally:
-            timer.cancel()
-            kill_group(process)
-        if process.returncode != 0 or num_rows == 0:
-            stderr.seek(0)
-            if process.returncode == -signal.SIGKILL and perf_counter() >= deadline:
+            if process.poll() is None:
                 yield {"error": f"took longer than {timeout:.0f} s"}
-            else:
-                yield describe_failure(process.returncode, stderr.read())
+            elif process.returncode != 0 or num_rows == 0:
+                text = stderr.read_text(encoding="utf-8", errors="replace")
+                yield describe_failure(process.returncode, text)
+        finally:
+            process.kill()
+            process.wait()
 
 
-def kill_group(process: subprocess.Popen[str]) -> None:
-    """End a child and what it has started, or what is left of them."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
+def _rows_until_it_ends(
+    process: subprocess.Popen[bytes], printed: TextIO, deadline: float
+) -> Iterator[dict[str, Any]]:
+    """What it prints, until it has ended or the time is up."""
+    line = ""
+    while True:
+        # Looked at before reading: what it has printed last is then there.
+        is_over = process.poll() is not None or perf_counter() >= deadline
+        while part := printed.readline():
+            line += part
+            if not line.endswith("\n"):
+                break  # the rest of it is on its way
+            with suppress(ValueError):
+                row = json.loads(line)
+                if isinstance(row, dict):
+                    yield row
+            line = ""
+        if is_over:
+            return
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(min(0.05, max(0.0, deadline - perf_counter())))
 
 
 def describe_failure(exit_code: int, stderr: str) -> dict[str, Any]:
