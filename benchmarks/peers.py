@@ -1,15 +1,23 @@
 """The rivals: the same step as ours, as people write it with transformers today.
 
     P0    the published recipe: fp32, every text padded to 128 tokens, eager attention, a plain loop
-          with one AdamW update a tensor, TF32 off
+          with one AdamW update a tensor, TF32 off; "P0 tf32" is the same with TF32 on, which
+          changes nothing on a CPU
     P1    transformers' Trainer with its defaults: sdpa attention, fused AdamW, texts padded to the
           longest of the batch (rounded up to a multiple of 8)
     P2    P1 without the Trainer's check of every loss for NaN, which waits for the device, and with
           TF32; `group_by_length` on top changes the batches and is reported apart
-    P3    P2 under torch.compile, as the Trainer's `torch_compile=True` does it
+    P3    P2 under torch.compile, as the Trainer's `torch_compile=True` does it; without TF32, since
+          under bf16 autocast there is no fp32 product
     P4    what an expert gets out of stock parts: transformers' BERT, bf16 autocast, texts padded to
           a few lengths, and for each of these the whole step in one CUDA graph, with a fused AdamW
           that keeps step and learning rate on the device. On a CPU the same loop without graphs.
+    P6    P2 without padding: a batch is one row of all its texts end to end, which transformers'
+          BERT takes with the keywords of flash attention (`position_ids`, `cu_seq_lens_q`, …). Its
+          pooler reads that row's first token alone, so the first token of each text is pooled here.
+          The attention is flash attention as torch ships it, with the dropout of BERT's config,
+          registered in transformers' `AttentionInterface`; so the package flash_attn is not needed.
+          On a CPU, where it does not exist, torch's SDPA on one text after the other stands in.
 
 All have the recipe's head, its losses in torch's own operations, and the weights, texts and order
 of ours.
@@ -18,8 +26,10 @@ of ours.
 import copy
 import math
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
+from itertools import accumulate
 from time import perf_counter
 from typing import Any
 
@@ -37,17 +47,21 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 MAX_LENGTH = 128
 BUCKET = 8
 """P4 pads to multiples of this: at most 16 graphs, captured before the clock starts."""
+PACKED = "packed_texts"
+"""P6's attention in transformers' interface. A name with "flash" in it would ask for flash_attn."""
 
 
 class PeerClassifier(nn.Module):
     """transformers' BERT with the recipe's head and the weights of one of our classifiers."""
 
     def __init__(self, ours: BertClassifier, attention: str, loss_function: Loss) -> None:
+        """attention: "eager", "sdpa" or PACKED."""
         super().__init__()
+        if attention == PACKED:
+            transformers.AttentionInterface.register(PACKED, attend_packed)
         config = ours.bert.config
-        self.bert = transformers.BertModel(
-            transformers.BertConfig(**asdict(config), attn_implementation=attention)
-        )
+        settings = asdict(config) | {"attn_implementation": attention}
+        self.bert = transformers.BertModel(transformers.BertConfig(**settings))
         tensors = {name: p.detach() for name, p in ours.bert.named_parameters()}
         stored = to_stored(tensors, config.num_hidden_layers)
         self.bert.load_state_dict({name.removeprefix("bert."): t for name, t in stored.items()})
@@ -55,15 +69,86 @@ class PeerClassifier(nn.Module):
         self.loss_function = loss_function
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
     ) -> dict[str, Tensor]:
-        pooled = self.bert(input_ids, attention_mask=attention_mask).pooler_output
-        logits = self.classifier(pooled)
-        return {"loss": self.loss_function(logits, labels), "logits": logits}
+        """A padded batch, as `pad` makes it, or a packed one, as `flatten` does.
+
+        By name and not as `**packing`, for which the Trainer would take the loss for one that is
+        summed over batches.
+        """
+        if cu_seq_lens_q is None:
+            pooled_BD = self.bert(input_ids, attention_mask=attention_mask).pooler_output
+        else:
+            hidden_1TD = self.bert(
+                input_ids,
+                position_ids=position_ids,
+                cu_seq_lens_q=cu_seq_lens_q,
+                cu_seq_lens_k=cu_seq_lens_k,
+                max_length_q=max_length_q,
+                max_length_k=max_length_k,
+            ).last_hidden_state
+            assert self.bert.pooler is not None
+            pooled_BD = self.bert.pooler(hidden_1TD[0, cu_seq_lens_q[:-1]][:, None])
+        logits_BC = self.classifier(pooled_BD)
+        return {"loss": self.loss_function(logits_BC, labels), "logits": logits_BC}
 
     def freeze_below_last_layer(self) -> None:
         self.bert.embeddings.requires_grad_(False)
         self.bert.encoder.layer[:-1].requires_grad_(False)
+
+
+def attend_packed(
+    module: nn.Module,
+    query_1HTK: Tensor,
+    key_1HTK: Tensor,
+    value_1HTK: Tensor,
+    attention_mask: None,
+    *,
+    dropout: float,
+    scaling: float,
+    cu_seq_lens_q: Tensor,
+    cu_seq_lens_k: Tensor,
+    max_length_q: int,
+    max_length_k: int,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attention within each text of a packed batch, [1, T, H, K], as transformers calls it.
+
+    attention_mask: None, as transformers makes none for an attention that it does not know.
+    """
+    assert attention_mask is None
+    if query_1HTK.device.type == "cpu":
+        lengths = cu_seq_lens_q.diff().tolist()
+        texts = (x.split(lengths, dim=2) for x in (query_1HTK, key_1HTK, value_1HTK))
+        contexts = [
+            F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
+            for query, key, value in zip(*texts, strict=True)
+        ]
+        return torch.cat(contexts, dim=2).transpose(1, 2), None
+    query, key, value = (x[0].transpose(0, 1) for x in (query_1HTK, key_1HTK, value_1HTK))
+    # Its signature is held by a test of `kernels/flash_attention.py`, which calls the same.
+    context_THK: Tensor = torch.ops.aten._flash_attention_forward(
+        query,
+        key,
+        value,
+        cu_seq_lens_q,
+        cu_seq_lens_k,
+        max_length_q,
+        max_length_k,
+        dropout,
+        False,  # causal
+        False,  # return the mask
+        scale=scaling,
+    )[0]
+    return context_THK[None], None
 
 
 def stage_loss(stage: int, class_counts_C: list[int], device: torch.device) -> Loss:
@@ -96,14 +181,51 @@ def pad(texts: list[dict[str, Any]], length: int | None = None) -> dict[str, Ten
     return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
+def flatten(texts: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch in one row, as transformers' DataCollatorWithFlattening makes it; but labels are the
+    texts', [B]."""
+    ids = [torch.as_tensor(text["input_ids"], dtype=torch.long) for text in texts]
+    lengths = [len(ids_L) for ids_L in ids]
+    cu_seq_lens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    return {
+        "input_ids": torch.cat(ids)[None],
+        "position_ids": torch.cat([torch.arange(length) for length in lengths])[None],
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens,
+        "max_length_q": max(lengths),
+        "max_length_k": max(lengths),
+        "labels": torch.tensor([text["labels"] for text in texts]),
+    }
+
+
+@contextmanager
+def tf32_products() -> Iterator[None]:
+    """Within it, a GPU multiplies fp32 matrices in TF32.
+
+    Torch has an old and a new switch, and refuses to read the old one after the new one alone was
+    set. Setting the old one sets both (torch 2.11 to 2.13), and the new one then goes back to where
+    it was, which the old one could not.
+    """
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        matmul.allow_tf32 = False
+        matmul.fp32_precision = before
+
+
 def train_published(
     model: PeerClassifier,
     texts: list[dict[str, Any]],
     batch_size: int,
     learning_rate: float,
     device: torch.device,
+    *,
+    tf32: bool = False,
 ) -> None:
-    """P0."""
+    """P0, or "P0 tf32"."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=learning_rate, weight_decay=0.0, foreach=False, fused=False
@@ -111,14 +233,15 @@ def train_published(
     starts = range(0, len(texts), batch_size)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, 0, len(starts))
     model.train()
-    for start in starts:
-        batch = pad(texts[start : start + batch_size], MAX_LENGTH)
-        loss = model(**{name: tensor.to(device) for name, tensor in batch.items()})["loss"]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+    with tf32_products() if tf32 else nullcontext():
+        for start in starts:
+            batch = pad(texts[start : start + batch_size], MAX_LENGTH)
+            loss = model(**{name: tensor.to(device) for name, tensor in batch.items()})["loss"]
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trained, 1.0)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
 
 
 def train_with_trainer(
@@ -132,26 +255,29 @@ def train_with_trainer(
     tuned: bool = False,
     group_by_length: bool = False,
     compiled_by: str | None = None,
+    packed: bool = False,
     on_loss: Callable[[Tensor], object] | None = None,
     on_batch: Callable[[list[int]], None] | None = None,
 ) -> None:
-    """P1, P2 (`tuned`), or P3 (`tuned`, and `compiled_by` a backend of torch.compile).
+    """P1, P2 (`tuned`), P3 (`tuned`, and `compiled_by` a backend of torch.compile) or P6 (`tuned`
+    and `packed`, with a model whose attention is PACKED).
 
     on_loss: called with each step's loss, outside of what is compiled. on_batch: gets the lengths
     of each batch's texts, in its order.
     """
 
-    class Trainer(transformers.Trainer):  # type: ignore[misc]
+    class Trainer(transformers.Trainer):
         def compute_loss(self, *arguments: Any, **named: Any) -> Any:
             loss = super().compute_loss(*arguments, **named)
             if on_loss is not None:
+                assert isinstance(loss, Tensor)  # a tuple is for evaluation
                 on_loss(loss)
             return loss
 
-    def collate(batch: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate(batch: list[dict[str, Any]]) -> dict[str, Any]:
         if on_batch is not None:
             on_batch([len(text["input_ids"]) for text in batch])
-        return pad(batch)
+        return flatten(batch) if packed else pad(batch)
 
     with tempfile.TemporaryDirectory() as folder:
         settings = transformers.TrainingArguments(
@@ -163,7 +289,7 @@ def train_with_trainer(
             use_cpu=device.type == "cpu",
             train_sampling_strategy="group_by_length" if group_by_length else "sequential",
             logging_nan_inf_filter=not tuned,
-            tf32=True if tuned and device.type == "cuda" else None,
+            tf32=choose_tf32(tuned, compiled_by, device),
             eval_strategy="no",
             save_strategy="no",
             report_to="none",
@@ -174,6 +300,18 @@ def train_with_trainer(
         )
         trainer = Trainer(model, settings, data_collator=collate, train_dataset=texts)
         trainer.train()
+
+
+def choose_tf32(tuned: bool, compiled_by: str | None, device: torch.device) -> bool | None:
+    """`tf32` of the Trainer; None: as it is.
+
+    Compiled, in bf16, the Trainer turns TF32 on unless it is told False; None does not do. It sets
+    torch's new switch alone, and then torch refuses to read the old one, as inductor of some
+    versions does. Nothing is lost by False: under bf16 autocast there is no fp32 product.
+    """
+    if not tuned or device.type == "cpu":
+        return None
+    return compiled_by is None
 
 
 def train_with_graphs(
@@ -187,7 +325,7 @@ def train_with_graphs(
     capture: bool = True,
 ) -> None:
     """P4. All batches lie on the device and all graphs are captured before the first step; the
-    clock counts that as warm-up. capture: False runs each step as it comes, as a CPU does."""
+    clock counts that as warm-up. capture: False runs each step eagerly, as a CPU does."""
     capture = capture and device.type == "cuda"
     stepper = _GraphedStep(model, batch_size, learning_rate, device, capture)
     starts = range(0, len(texts), batch_size)
@@ -228,7 +366,7 @@ class _GraphedStep:
         self.model = model.train()
         self.device = device
         self.batch_size = batch_size
-        self.trained = [p for p in model.parameters() if p.requires_grad]
+        self.trained: list[Tensor] = [p for p in model.parameters() if p.requires_grad]
         on_gpu = device.type == "cuda"
         self.learning_rate = torch.tensor(learning_rate, device=device)
         self.optimizer = torch.optim.AdamW(
@@ -284,7 +422,7 @@ class _GraphedStep:
         mask = inputs["attention_mask"].bool()[:, None, None, :].expand(-1, 1, length, -1)
         # A weight's cast must not be cached from one replay to the next.
         with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
-            loss = self.model(inputs["input_ids"], mask, inputs["labels"])["loss"]
+            loss: Tensor = self.model(inputs["input_ids"], inputs["labels"], mask)["loss"]
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.trained, 1.0, foreach=True)
         self.optimizer.step()

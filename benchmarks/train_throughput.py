@@ -78,11 +78,13 @@ RUNS = {
     "ours bf16, Triton": ("ours", {"bf16": True, "impl": "triton"}),
     "ours bf16, graphs": ("ours", {"bf16": True, "impl": "triton", "graphs": True}),
     "P0 fp32": ("P0", {}),
+    "P0 tf32": ("P0", {"tf32": True}),
     "P1 fp32": ("Trainer", {"bf16": False}),
     "P1 bf16": ("Trainer", {"bf16": True}),
     "P2 bf16": ("Trainer", {"bf16": True, "tuned": True}),
     "P2 bf16, by length": ("Trainer", {"bf16": True, "tuned": True, "group_by_length": True}),
     "P4 bf16": ("P4", {}),
+    "P6 bf16": ("Trainer", {"bf16": True, "tuned": True, "packed": True}),
     "P3 bf16": ("Trainer", {"bf16": True, "tuned": True, "compiled": True}),
     "ours bf16, compiled": ("ours", {"bf16": True, "compiled": True}),
 }
@@ -178,8 +180,8 @@ def cpu_runs(stage: int, batch_size: int) -> list[str]:
     """What is worth its minutes on a CPU."""
     if batch_size >= MEMORY_BATCH_SIZE:
         return ["ours bf16", "P1 bf16", "P2 bf16"] if stage == 2 else []
-    # Made for graphs, or compiled for GPUs alone.
-    on_gpus = ("P4 bf16", "ours bf16, Triton", "ours bf16, graphs")
+    # Made for graphs, compiled for GPUs alone, with attention or products that a CPU lacks.
+    on_gpus = ("P4 bf16", "P6 bf16", "P0 tf32", "ours bf16, Triton", "ours bf16, graphs")
     runs = [name for name in RUNS if name not in on_gpus]
     if batch_size > 16:
         return [name for name in runs if name not in ("ours fp32", "P1 fp32", *WARM_UP)]
@@ -358,6 +360,8 @@ def prepare(
 
     loss = peers.stage_loss(stage, counts_C, device)
     attention = "eager" if loop == "P0" else "sdpa"
+    if settings.get("packed"):
+        attention = peers.PACKED
     # The others' losses are computed where no clock can tick, in what is compiled or captured.
     watched = clock.watch(loss) if loop == "P0" else loss
     model = peers.PeerClassifier(ours, attention, watched).to(device)
@@ -373,7 +377,7 @@ def prepare(
     ]
     common = (model, texts, batch_size, learning_rate, device)
     if loop == "P0":
-        return lambda: peers.train_published(*common)
+        return lambda: peers.train_published(*common, tf32=settings.get("tf32", False))
     if loop == "P4":
         return lambda: peers.train_with_graphs(*common, clock)
     return lambda: peers.train_with_trainer(
@@ -382,6 +386,7 @@ def prepare(
         tuned=settings.get("tuned", False),
         group_by_length=settings.get("group_by_length", False),
         compiled_by=job.get("compiled_by", "inductor") if settings.get("compiled") else None,
+        packed=settings.get("packed", False),
         on_loss=clock.tick,
         on_batch=on_batch if settings.get("group_by_length") else None,
     )
