@@ -31,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     def terminate(signum: int, frame: FrameType | None) -> None:
         raise _Terminated
 
-    handlers = {signal.SIGTERM: terminate}
+    handlers: dict[int, Callable[[int, FrameType | None], object]] = {signal.SIGTERM: terminate}
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
         # A script's shell starts what stands before an `&` so. Whoever sends it SIGINT means it.
         handlers[signal.SIGINT] = signal.default_int_handler

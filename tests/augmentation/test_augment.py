@@ -93,6 +93,10 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30) -> None:
         time.sleep(0.002)
 
 
+def wait_for_calls(server: ApiServer, count: int) -> None:
+    wait_until(lambda: len(server.calls) >= count)
+
+
 def expected_table(folder: Path) -> str:
     """aug.csv, by the literal walk and pandas, when the server answers with `phrase(key)`."""
     train = pd.read_csv(folder / "train.csv")
@@ -627,8 +631,7 @@ def test_killed_fifty_times_it_ends_with_the_same_bytes_and_pays_nothing_twice(
         if kill % 5 == 0:
             time.sleep(chance.uniform(0, 0.6))  # while it starts, or opens the journal
         else:
-            until = len(server.calls) + chance.randrange(1, 35)
-            wait_until(lambda until=until: len(server.calls) >= until)
+            wait_for_calls(server, len(server.calls) + chance.randrange(1, 35))
         assert process.poll() is None, process.communicate()
         process.kill()
         process.communicate()
