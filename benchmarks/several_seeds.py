@@ -27,7 +27,15 @@ from harness import (
     save,
     synchronize,
 )
-from workload import SHAPES, Workload, make_parser, make_workload, random_checkpoint, sst2_texts
+from workload import (
+    SHAPES,
+    SST2_TEXTS,
+    Workload,
+    make_parser,
+    make_workload,
+    random_checkpoint,
+    sst2_texts,
+)
 
 from twostage.assets.data_sets import fetch_demo
 from twostage.data.packing import TokenStore
@@ -37,11 +45,10 @@ from twostage.training.precision import choose_device
 from twostage.training.stage import StageData, StepReport
 from twostage.two_stage import Datasets, compute_stage_1_features, train_one_seed
 
-SST2_TEXTS = 45_082
 TEST_SHARE = 872 / SST2_TEXTS
 """Texts to evaluate for each to train on: SST-2's."""
 SEEDS = (7, 42, 106, 190, 191)
-RUNS = {
+RUNS: dict[str, dict[str, Any]] = {
     "one after the other": {},
     "one trunk for all": {"share_trunk": True},
     "kernels": {"kernels": "triton"},
@@ -151,19 +158,19 @@ def count_test_texts(num_train: int) -> int:
 
 def describe_seeds(rows: list[dict[str, Any]]) -> str:
     """The table, in Markdown."""
-    reference = next(
-        (row["seconds"] for row in rows if row["run"] == CPU_RUNS[0] and "error" not in row), None
-    )
+    speeds = {row["run"]: row["examples_per_second"] for row in rows if "error" not in row}
+    reference = speeds.get(CPU_RUNS[0])
     lines = []
     for row in rows:
         if "error" in row:
-            lines.append([row["run"], f"failed: {row['error']}", *[""] * 8])
+            lines.append([row["run"], row["seeds"], f"failed: {row['error']}", *[""] * 8])
             continue
         lines.append(
             [
                 row["run"],
+                row["seeds"],
                 f"{row['seconds']:.1f}",
-                f"{reference / row['seconds']:.2f}" if reference else "",
+                f"{row['examples_per_second'] / reference:.2f}" if reference else "",
                 f"{row['examples_per_second']:.0f}",
                 f"{row['shared_trunk_seconds']:.1f}",
                 f"{sum(row['stage_1_seconds']):.1f}",
@@ -173,10 +180,9 @@ def describe_seeds(rows: list[dict[str, Any]]) -> str:
                 row["peak_memory_mib"],
             ]
         )
-    header = ["run", "seconds", "×", "examples/s", "shared trunk s", "stage 1 s", "stage 2 s"]
-    header += ["evaluation s", "capture s", "memory MiB"]
-    first = rows[0]
-    title = f"{first['seeds']} seeds of both stages, {first['model']}, {first['texts']:,} texts"
+    header = ["run", "seeds", "seconds", "×", "examples/s", "shared trunk s", "stage 1 s"]
+    header += ["stage 2 s", "evaluation s", "capture s", "memory MiB"]
+    title = f"Seeds of both stages, {rows[0]['model']}, {rows[0]['texts']:,} texts"
     return f"{title}:\n\n{markdown_table(header, lines)}"
 
 

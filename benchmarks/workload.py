@@ -42,6 +42,8 @@ SHAPES = {
 MODELS = ("minilm", *SHAPES)
 NUM_RANDOM_TEXTS = {"bert-base": 8_000, "tiny": 240}
 """About as many as the demo has, and few."""
+SST2_TEXTS = 45_082
+"""As many as SST-2 has to train on at rate 0.2."""
 TAIL_RATE = 0.2
 """Texts of the tail class for each text of the other."""
 CLS, SEP = 101, 102
@@ -70,10 +72,13 @@ class Workload:
     """N texts of two classes; the first is the tail."""
 
 
-def make_workload(model: str, min_texts: int, folder: Path, dropout: float) -> Workload:
+def make_workload(
+    model: str, min_texts: int, folder: Path, dropout: float, num_texts: int | None = None
+) -> Workload:
     """The whole data set, as often as it takes to have at least `min_texts` texts.
 
-    model: one of MODELS. folder: the demo's, for `minilm`. dropout: everywhere.
+    model: one of MODELS. folder: the demo's, for `minilm`. dropout: everywhere. num_texts: in the
+    data set, if random; None: NUM_RANDOM_TEXTS.
     """
     if model == "minilm":
         texts, labels = downsample(read_table(folder / "train.tsv"), TAIL_RATE)
@@ -82,7 +87,8 @@ def make_workload(model: str, min_texts: int, folder: Path, dropout: float) -> W
         checkpoint = load_checkpoint(folder / "model")
     else:
         checkpoint = random_checkpoint(SHAPES[model])
-        data = random_texts(NUM_RANDOM_TEXTS[model], checkpoint.config.vocab_size)
+        num_texts = num_texts or NUM_RANDOM_TEXTS[model]
+        data = random_texts(num_texts, checkpoint.config.vocab_size)
     data = repeat(data, -(-min_texts // len(data)))
     config = replace(
         checkpoint.config, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout
@@ -150,7 +156,8 @@ def needed_flops(config: BertConfig, lengths_B: np.ndarray, stage: int) -> float
     The embeddings, norms and activations count nothing.
     """
     hidden, inner = config.hidden_size, config.intermediate_size
-    tokens, texts, pairs = lengths_B.sum(), len(lengths_B), (lengths_B.astype(float) ** 2).sum()
+    tokens, texts = float(lengths_B.sum()), len(lengths_B)
+    pairs = float((lengths_B.astype(float) ** 2).sum())
     full_layer = 2 * (4 * hidden**2 + 2 * hidden * inner) * tokens + 4 * hidden * pairs
     keys_values = 2 * 2 * hidden**2 * tokens
     last_layer = 2 * (2 * hidden**2 + 2 * hidden * inner) * texts + 4 * hidden * tokens
