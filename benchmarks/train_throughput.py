@@ -18,9 +18,14 @@ from the call of `train_stage` on a fresh model to its return, after a run on an
 warms up. A rival gets the texts of the first steps of that epoch, and is timed step by step in both
 stages. `mean loss` is over the same steps for all.
 
-`ours bf16, graphs` takes whole steps as CUDA graphs (`training/graphs.py`). Recording them takes
-the time given as `capture s`; it is in the warm-up, in stage 1 on the clock. On a CPU the same
-steps run as they come.
+`ours bf16, graphs` takes whole steps as CUDA graphs (`training/graphs.py`); on a CPU the same steps
+run eagerly. `capture s` is the time that its kernels, and those of `ours bf16, Triton`, take to be
+compiled for all lengths of text, and the graphs to be recorded: before the first step, so in the
+warm-up, but in stage 1 on the clock.
+
+`examples/s` counts all of the time on the clock; `at p50` is what it would be if every step took
+the median's, so a gap between the two is the work of a few slow steps. It is empty where the clock
+runs over a whole epoch.
 
 Under torch.compile the first steps are those that compile. They get more warm-up (`WARM_UP`), so
 the steps on the clock, and those of the mean loss, come a few later. A shape that compiles anew
@@ -72,7 +77,7 @@ from twostage.two_stage import freeze_below_top
 
 SEED = 7
 LEARNING_RATES = {1: 1e-4, 2: 1e-5}
-RUNS = {
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "ours fp32": ("ours", {"bf16": False}),
     "ours bf16": ("ours", {"bf16": True}),
     "ours bf16, Triton": ("ours", {"bf16": True, "impl": "triton"}),
@@ -166,7 +171,7 @@ def make_jobs(
     for stage in stages:
         for size in batch_sizes:
             for run in runs:
-                job = {"run": run, "stage": stage, "batch_size": size} | common
+                job: dict[str, Any] = {"run": run, "stage": stage, "batch_size": size} | common
                 job["steps"] = max(MIN_STEPS, -(-num_texts // size))
                 warmup = max(job["warmup"], WARM_UP.get(run, 0))
                 if size >= MEMORY_BATCH_SIZE:
@@ -199,9 +204,11 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         if RUNS[job["run"]][1].get("compiled"):
             compile_layers(job.get("compiled_by", "inductor"))
     else:
-        import peers  # before memory is looked at: nobody's imports count
+        # Before memory is looked at: imports do not count.
+        import peers  # noqa: F401
+        import transformers
 
-        _ = peers.transformers.Trainer
+        _ = transformers.Trainer
     if job["stage"] == 1 and case.is_ours:
         return time_whole_stage(case)
     return time_steps(case)
@@ -224,14 +231,15 @@ class Case:
 
     def lengths(self, batch: np.ndarray) -> np.ndarray:
         """Tokens of each text."""
-        lengths_N: np.ndarray = self.workload.data.store.lengths.numpy()
-        return lengths_N[batch]
+        lengths_B: np.ndarray = self.workload.data.store.lengths.numpy()[batch]
+        return lengths_B
 
 
 def make_case(job: dict[str, Any], device: torch.device) -> Case:
     # One step more than is timed: a step ends where the next computes its loss.
     num_texts = (job["warmup"] + job["steps"] + 1) * job["batch_size"]
-    workload = make_workload(job["model"], num_texts, Path(job["data"]), job.get("dropout", 0.1))
+    dropout, of_data = job.get("dropout", 0.1), job.get("texts")
+    workload = make_workload(job["model"], num_texts, Path(job["data"]), dropout, of_data)
     order = (SEED, job["stage"])  # as `train_stage` has it
     batches = random_batches(len(workload.data), job["batch_size"], order, epoch=0)
     profiler = make_profiler(device) if job.get("profile") else None
@@ -257,6 +265,8 @@ def time_steps(case: Case) -> dict[str, Any]:
     if seen:  # the texts on the clock may be longer or shorter than the others'
         mean_length = np.concatenate([*map(case.lengths, case.batches[: len(seen)])]).mean()
         result["examples_per_second"] = result["tokens_per_second"] / float(mean_length)
+    slow = result["mean_step_ms"] / result["step_ms_p20_p50_p80"][1]
+    result["examples_per_second_at_p50"] = result["examples_per_second"] * slow
     return result | {
         "warmup_seconds": round(clock.warmup_seconds, 2),
         "capture_seconds": round(clock.capture_seconds, 2),
@@ -306,9 +316,10 @@ def rate(
         "needed_flops_per_second": float(flops / seconds),
         "needed_bytes_per_second": needed_bytes(config, stage) * len(lengths) / seconds,
         "step_ms_p20_p50_p80": [p20, p50, p80],
+        "mean_step_ms": round(1e3 * float(step_seconds.mean()), 3),
     }
     if case.profiler is not None:
-        result["profile"] = top_operations(case.profiler, case.device, len(lengths))
+        result |= read_profile(case.profiler, case.device, len(lengths))
     return result
 
 
@@ -441,10 +452,10 @@ def make_profiler(device: torch.device) -> torch.profiler.profile:
     return torch.profiler.profile(activities=activities)
 
 
-def top_operations(
+def read_profile(
     profiler: torch.profiler.profile, device: torch.device, steps: int, count: int = 16
-) -> list[dict[str, Any]]:
-    """The operations (on a GPU: kernels) that take the most time themselves."""
+) -> dict[str, Any]:
+    """The operations (on a GPU: kernels) that take the most time themselves, and what all take."""
     on_gpu = device.type == "cuda"
 
     def own_time(event: Any) -> float:
@@ -456,9 +467,9 @@ def top_operations(
         if own_time(event) > 0 and not getattr(event, "is_user_annotation", False)
     ]
     if on_gpu:  # kernels alone: the operations that launch them carry the same time again
-        events = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
+        events = [event for event in events if event.device_type.name == "CUDA"]
     total = sum(map(own_time, events))
-    return [
+    top = [
         {
             "operation": event.key[:90],
             "share": round(own_time(event) / total, 4),
@@ -467,6 +478,11 @@ def top_operations(
         }
         for event in sorted(events, key=own_time, reverse=True)[:count]
     ]
+    return {
+        "profile": top,
+        "operations_per_step": round(sum(event.count for event in events) / steps, 1),
+        "operations_ms_per_step": round(total / 1e3 / steps, 4),
+    }
 
 
 def describe(record: dict[str, Any]) -> str:
@@ -478,7 +494,8 @@ def describe(record: dict[str, Any]) -> str:
         for row in rows
         if "error" not in row
     }
-    header = ["run", "stage", "batch", "examples/s", "× P0", "× P1 bf16", "real tokens/s"]
+    header = ["run", "stage", "batch", "examples/s", "at p50", "× P0", "× P1 bf16"]
+    header += ["real tokens/s"]
     header += ["step ms, p50 (p20-p80)", "of matmul", "of copy", "memory MiB", "warm-up s"]
     header += ["capture s", "mean loss"]
     lines = []
@@ -489,12 +506,13 @@ def describe(record: dict[str, Any]) -> str:
             blank = [""] * (len(header) - len(head) - 1)
             lines.append([*head, f"failed: {row['error']}", *blank])
             continue
-        speed = row["examples_per_second"]
+        speed, at_p50 = row["examples_per_second"], row.get("examples_per_second_at_p50")
         p20, p50, p80 = row["step_ms_p20_p50_p80"]
         lines.append(
             [
                 *head,
                 f"{speed:.1f}",
+                f"{at_p50:.1f}" if at_p50 else "",
                 ratio(speed, speeds.get(("P0 fp32", *case))),
                 ratio(speed, speeds.get(("P1 bf16", *case))),
                 f"{row['tokens_per_second']:.0f}",
@@ -565,7 +583,13 @@ def describe_profile(row: dict[str, Any]) -> str:
         [f"`{p['operation']}`", f"{p['share']:.1%}", p["ms_per_step"], p["calls_per_step"]]
         for p in row["profile"]
     ]
-    return f"{title}\n\n" + markdown_table(["operation", "share", "ms", "calls"], cells)
+    busy, step = row["operations_ms_per_step"], row["mean_step_ms"]
+    in_all = (
+        f"{row['operations_per_step']:.0f} operations a step, {busy:.3g} ms of {step:.3g}; "
+        f"gaps between them: {step - busy:.3g} ms"
+    )
+    table = markdown_table(["operation", "share", "ms", "calls"], cells)
+    return f"{title}\n\n{in_all}\n\n{table}"
 
 
 if __name__ == "__main__":
