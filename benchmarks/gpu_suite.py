@@ -1,32 +1,43 @@
-"""Everything to be learnt from a GPU, in one command, without a network, in under 30 minutes.
+"""Everything to be learnt from a GPU, without a network, each part in one command of ten minutes.
 
-    python benchmarks/gpu_suite.py                      on a machine with a CUDA GPU
-    python benchmarks/gpu_suite.py --parts stage-2      one part: each takes under 8 minutes
+    python benchmarks/gpu_suite.py --plan               what it does, how long it may take; no GPU
+    python benchmarks/gpu_suite.py --parts stage-2 --output DIR --commit COMMIT
     python benchmarks/gpu_suite.py --rehearse           all of it on a CPU, with tiny shapes
 
+The parts, in the order in which they run (`--parts` chooses some); with the machine's limits, which
+are measured first, each takes at most nine minutes:
+
+- `stage-2`: throughput of BERT-base's shape at batch 16, 512 and 64: ours in CUDA graphs, with the
+  kernels, and without them, beside the rivals (`peers.py`); memory; the time it takes to compile
+  and to record the graphs; the profile of a step in graphs, with the gaps between its kernels.
+- `seeds`: both stages on as many texts as SST-2 has, as long as SST-2's (`several_seeds.py`).
 - `tests`: those that run on every device, and the Triton kernels', compiled where they otherwise
   are interpreted.
 - `kernels`: each Triton kernel's error and speed beside torch's own (`kernel_throughput.py`).
-- `stage-2`, `stage-1`: throughput of BERT-base's shape at batch 16, 64 and 512, ours without the
-  kernels, with them, and with them in CUDA graphs, beside P0, P1, P2, P3 and P4 (`peers.py`; P5 is
-  P1 and P2 at the larger batches); memory; the time it takes to record the graphs; the profile of
-  a step of ours, of each kind.
-- `seeds`: five seeds of both stages on as many texts as SST-2 has, as long as SST-2's
-  (`several_seeds.py`).
+- `stage-1`: throughput of stage 1, ours over an epoch of as many texts as SST-2 has.
 
-Each part, and in all but the first each case, runs in a process of its own: one that fails or takes
-too long is reported, and loses nothing of the others. One JSON and one Markdown file, named by GPU,
-date and, if not all, parts, are rewritten after every case. The exit code is 0 only if nothing
+In every part the most telling figures come first. Each case runs in a process of its own: one that
+fails or takes too long is reported, and loses nothing of the others. A row is printed and written
+as soon as it is there: one JSON and one Markdown file in the folder `--output`, named by GPU, date
+and, if not all, parts. Without `--output` that is `benchmarks/results/`, as in the other
+benchmarks, or for a rehearsal a new folder in the system's temporary one; the name is printed
+first. `--commit` names the sources where there is no git to ask. The exit code is 0 only if nothing
 failed.
 """
 
 import argparse
 import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -34,60 +45,85 @@ from typing import Any
 import several_seeds
 import torch
 import train_throughput
-from harness import RESULTS, describe_environment, describe_place, run_child, run_jobs, save
+from harness import (
+    RESULTS,
+    describe_environment,
+    describe_place,
+    markdown_table,
+    run_child,
+    run_jobs,
+    save,
+)
 from kernel_throughput import describe_kernels, make_kernel_jobs, run_kernel_job
-from several_seeds import GPU_RUNS, SST2_TEXTS, describe_seeds, make_seed_jobs
+from several_seeds import GPU_RUNS, describe_seeds, make_seed_jobs
 from train_throughput import describe, make_jobs
+from workload import SST2_TEXTS
 
 ROOT = Path(__file__).parent.parent
-PARTS = ("tests", "kernels", "stage-2", "stage-1", "seeds")
+THROUGHPUT, SEEDS = Path(train_throughput.__file__), Path(several_seeds.__file__)
+SECONDS = {"stage-2": 480.0, "seeds": 400.0, "tests": 450.0, "kernels": 450.0, "stage-1": 420.0}
+"""What each part may take, in the order in which they run."""
+LIMITS_SECONDS = 60.0
+"""What the machine's limits may take, before the first part."""
+CASE_SECONDS = 120.0
+"""What a case of training may take."""
+SEEDS_SECONDS = 150.0
+"""What a case of `seeds` may take."""
+EXPECTED_SECONDS = {"P3 bf16": 100.0, "P0 fp32": 30.0, "graphs, one trunk for all": 80.0}
+EXPECTED_SECONDS |= {"graphs": 85.0, "kernels": 45.0, "one trunk for all": 50.0}
+"""What cases take longer than OTHERS_SECONDS, and how long: estimates, nothing is measured yet."""
+OTHERS_SECONDS = 20.0
+
 TESTS = (
-    "tests/test_device.py",
+    # The most telling first: what nothing but a GPU can run, and what would explain all the rest.
+    "tests/kernels/test_attention.py",
+    "tests/training/test_graphs.py",
     "tests/test_benchmarks.py::test_the_graphs_of_p4_train_as_its_single_steps_do",
+    "tests/training/test_kernels_in_training.py",
+    "tests/test_device.py",
     "tests/kernels",
     "tests/training/test_masks.py",
-    "tests/training/test_kernels_in_training.py",
-    "tests/training/test_graphs.py",
 )
-REHEARSED_TESTS = (*TESTS[:2], "tests/kernels/test_gelu.py")
+REHEARSED_TESTS = (
+    "tests/test_device.py::test_dropout_drops_its_share_and_repeats_with_its_seed",
+    TESTS[2],
+)
 """The others run among the tests anyway."""
-THROUGHPUT, SEEDS = Path(train_throughput.__file__), Path(several_seeds.__file__)
-RUNS = (
-    "ours bf16",
-    "ours bf16, Triton",
-    "ours bf16, graphs",
-    "P1 bf16",
-    "P4 bf16",
-    "P2 bf16",
-    "P0 fp32",
-)
-"""The most telling first, should the time run out."""
-LAST_RUN = "P3 bf16"
-"""Compiles for longer than the others take: in one case only, after all of theirs."""
-SECONDS = {
-    "limits": 60.0,
-    "tests": 450.0,
-    "kernels": 400.0,
-    "case": 100.0,
-    "stage-2": 450.0,
-    "stage-1": 400.0,
-    "seeds": 300.0,
-}
-"""What may be taken by the limits, each part, and a case of training."""
+TELLING = ("ours bf16, graphs", "P4 bf16", "P1 bf16")
+"""At every batch size."""
+
+
+@dataclass(frozen=True)
+class PlannedCase:
+    """A line of the plan."""
+
+    part: str
+    name: str
+    expected: float
+    """Seconds, by estimate."""
+    at_most: float
+    """Seconds, if the part has as many left."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--plan", action="store_true", help="print what would run, and for how long"
+    )
     parser.add_argument("--rehearse", action="store_true", help="on a CPU, with tiny shapes")
     parser.add_argument(
-        "--parts", default=",".join(PARTS), help=f"some of {', '.join(PARTS)} (default: all)"
+        "--parts", default=",".join(SECONDS), help=f"some of {', '.join(SECONDS)} (default: all)"
     )
     parser.add_argument("--output", type=Path, help="folder for the results (default: results/)")
     parser.add_argument("--commit", help="of the sources, where there is no git to ask")
     options = parser.parse_args()
-    parts = options.parts.split(",")
-    if not set(parts) <= set(PARTS):
-        parser.error(f"--parts is {options.parts}; expected some of {', '.join(PARTS)}")
+    asked = options.parts.split(",")
+    if not set(asked) <= set(SECONDS):
+        parser.error(f"--parts is {options.parts}; expected some of {', '.join(SECONDS)}")
+    parts = [part for part in SECONDS if part in asked]
+    if options.plan:
+        print(describe_plan(make_plan(parts, options.rehearse)))
+        return 0
     if not options.rehearse and not torch.cuda.is_available():
         print("gpu_suite: torch sees no CUDA GPU here; --rehearse runs on a CPU", file=sys.stderr)
         return 2
@@ -104,38 +140,41 @@ def main() -> int:
     if options.commit:
         record["commit"] = options.commit
     place = "rehearsal" if options.rehearse else describe_place(record)
-    name = "-".join(["gpu_suite", place, record["date"], *(parts if parts != [*PARTS] else [])])
+    name = "-".join(["gpu_suite", place, record["date"], *(parts if len(parts) < 5 else [])])
+    print(
+        f"results: {output / name}.json, .md\n\n{describe_plan(make_plan(parts, options.rehearse))}"
+    )
     if options.rehearse:
         os.environ["TRITON_INTERPRET"] = "1"  # for the processes of the parts
     slack = 10 if options.rehearse else 1  # a CPU that is busy with other things is no failure
 
-    def keep(**news: Any) -> None:
+    def keep(row: object, **news: Any) -> None:
+        """Print what is new, and write all there is."""
+        print(json.dumps(row), flush=True)
         record.update(news, seconds=perf_counter() - began)
         save(output, name, describe_suite(record), record)
 
     job = {"limits": "quick" if options.rehearse else "full", "device": device}
-    keep(limits=run_child(THROUGHPUT, job, slack * SECONDS["limits"]))
-    if "tests" in parts:
-        keep(tests=run_tests(options.rehearse, slack * SECONDS["tests"]))
-    deadline = perf_counter() + slack * SECONDS["kernels"]
-    for job in make_kernel_jobs(device) if "kernels" in parts else []:
-        print(job["operation"], flush=True)
-        rows = run_kernel_job(job, max(1.0, deadline - perf_counter()))
-        keep(kernels=[*record.get("kernels", []), *rows])
-    for part in ("stage-2", "stage-1"):
-        jobs, before = plan(part, options.rehearse) if part in parts else [], record["rows"]
-        for rows in run_jobs(THROUGHPUT, jobs, slack * SECONDS[part], slack * SECONDS["case"]):
-            row = rows[-1]
-            print(f"{row['run']}, stage {row['stage']}, batch {row['batch_size']}", flush=True)
-            keep(rows=[*before, *rows])
-    if "seeds" in parts:
-        print("several seeds", flush=True)
-        what: tuple[Any, ...] = (GPU_RUNS, "bert-base", "", device, SST2_TEXTS, 5)
-        if options.rehearse:
-            what = (GPU_RUNS[:1], "tiny", "", device, 12, 2)
-        jobs = make_seed_jobs(*what)
-        for rows in run_jobs(SEEDS, jobs, slack * SECONDS["seeds"]):
-            keep(seeds=rows)
+    limits = run_child(THROUGHPUT, job, slack * LIMITS_SECONDS)
+    keep(limits, limits=limits)
+    for part in parts:
+        seconds = slack * SECONDS[part]
+        if part == "tests":
+            result = run_tests(options.rehearse, seconds)
+            keep(result, tests=result)
+        elif part == "kernels":
+            deadline = perf_counter() + seconds
+            for job in plan_kernels(options.rehearse):
+                for row in run_kernel_job(job, max(1.0, deadline - perf_counter())):
+                    keep(row, kernels=[*record.get("kernels", []), row])
+        elif part == "seeds":
+            jobs = plan_seeds(options.rehearse)
+            for rows in run_jobs(SEEDS, jobs, seconds, slack * SEEDS_SECONDS):
+                keep(rows[-1], seeds=rows)
+        else:
+            jobs, before = plan_stage(int(part[-1]), options.rehearse), record["rows"]
+            for rows in run_jobs(THROUGHPUT, jobs, seconds, slack * CASE_SECONDS):
+                keep(rows[-1], rows=[*before, *rows])
 
     print(
         f"\n{describe_suite(record)}\n\n{json.dumps(record)}\n\nwritten: {output / name}.md, .json"
@@ -143,51 +182,139 @@ def main() -> int:
     return int(bool(failures(record)))
 
 
-def plan(part: str, rehearse: bool) -> list[dict[str, Any]]:
+def plan_stage(stage: int, rehearse: bool) -> list[dict[str, Any]]:
     """The cases of a stage, the most telling first."""
-    stage = int(part[-1])
+    common: dict[str, Any] = {"model": "tiny", "data": "", "device": "cpu", "warmup": 1}
     if rehearse:
-        common = {"model": "tiny", "data": "", "device": "cpu", "warmup": 1}
-        # An interpreter takes its time: the kernels' runs are rehearsed in one stage.
-        runs = RUNS if stage == 2 else (RUNS[0], *RUNS[3:])
+        # P0, P2 and P3 are run by the tests of the rivals' losses.
+        runs = ["ours bf16"] if stage == 1 else [*TELLING, "ours bf16, Triton", "P6 bf16"]
         jobs = make_jobs(runs, (stage,), (4,), 12, **common)
-        jobs = [job | {"steps": 2, "warmup": min(job["warmup"], 3)} for job in jobs]
-        if stage == 2:  # all of torch.compile but the code generator, which takes a minute here
-            jobs += make_jobs((LAST_RUN,), (2,), (4,), 12, compiled_by="aot_eager", **common)
-    else:
-        common = {"model": "bert-base", "data": "", "device": "cuda", "warmup": 20}
-        jobs = make_jobs(RUNS, (stage,), (16,), 1_600, **common)
-        jobs += make_jobs(RUNS, (stage,), (512,), 6_144, **common)
-        jobs += make_jobs(RUNS, (stage,), (64,), 3_200, **common)
         if stage == 2:
-            jobs += make_jobs((LAST_RUN,), (2,), (16,), 1_600, **common)
+            jobs += [
+                job | {"profile": True}
+                for job in make_jobs(["ours bf16"], (2,), (4,), 12, **common)
+            ]
+        return [job | {"steps": 2, "warmup": 1} for job in jobs]
+
+    common = {"model": "bert-base", "data": "", "device": "cuda", "warmup": 20}
     if stage == 1:
-        return jobs
-    profiles = [job | {"profile": True, "steps": 2 if rehearse else 10} for job in jobs[:3]]
-    return [*jobs[:3], *(profiles[::2] if rehearse else profiles), *jobs[3:]]
+        common["texts"] = SST2_TEXTS
+
+    def at(batch_size: int, *runs: str) -> list[dict[str, Any]]:
+        num_texts = {16: 1_600, 64: 3_200, 512: 6_144}[batch_size]
+        return make_jobs(runs, (stage,), (batch_size,), num_texts, **common)
+
+    jobs = at(16, *TELLING, "ours bf16, Triton")
+    if stage == 2:
+        jobs.append(jobs[0] | {"profile": True, "steps": 10})
+    jobs += at(16, "ours bf16", "P2 bf16") + at(512, *TELLING) + at(64, *TELLING)
+    jobs += at(16, "P6 bf16", "P0 fp32", "P0 tf32")
+    # Compiles for longer than the others take, and in stage 1 tells nothing new.
+    return jobs + (at(16, "P3 bf16") if stage == 2 else [])
+
+
+def plan_seeds(rehearse: bool) -> list[dict[str, Any]]:
+    """Five seeds in graphs; of those without, which take three times as long, one."""
+    if rehearse:
+        return make_seed_jobs(GPU_RUNS[-1:], "tiny", "", "cpu", 12, 2)
+    jobs = [(run, 5 if run.startswith("graphs") else 1) for run in GPU_RUNS]
+    return [
+        job
+        for run, seeds in jobs
+        for job in make_seed_jobs((run,), "bert-base", "", "cuda", SST2_TEXTS, seeds)
+    ]
+
+
+def plan_kernels(rehearse: bool) -> list[dict[str, Any]]:
+    """An operation each. tests/test_kernel_throughput.py rehearses those that are left out here."""
+    return make_kernel_jobs("cpu")[:1] if rehearse else make_kernel_jobs("cuda")
+
+
+def make_plan(parts: Sequence[str], rehearse: bool) -> list[PlannedCase]:
+    """Everything that will run, in order."""
+    cases = [PlannedCase("limits", "matrix products and copies", OTHERS_SECONDS, LIMITS_SECONDS)]
+    for part in parts:
+        limit = SECONDS[part]
+        if part == "tests":
+            cases.append(PlannedCase(part, "pytest", 300.0, limit))
+        elif part == "kernels":
+            jobs = plan_kernels(rehearse)
+            cases += [PlannedCase(part, job["operation"], 60.0, limit) for job in jobs]
+        else:
+            is_seeds = part == "seeds"
+            jobs = plan_seeds(rehearse) if is_seeds else plan_stage(int(part[-1]), rehearse)
+            for job in jobs:
+                seconds = EXPECTED_SECONDS.get(job["run"], OTHERS_SECONDS)
+                most = SEEDS_SECONDS if is_seeds else CASE_SECONDS
+                cases.append(PlannedCase(part, describe_case(job), seconds, most))
+    return cases
+
+
+def describe_case(job: dict[str, Any]) -> str:
+    if "seeds" in job:
+        return f"{job['run']}, seeds: {job['seeds']}"
+    return f"{'profile of ' * bool(job.get('profile'))}{job['run']}, batch {job['batch_size']}"
+
+
+def describe_plan(cases: Sequence[PlannedCase]) -> str:
+    """Each case with its seconds, and the sums, in Markdown."""
+    lines: list[list[object]] = []
+    for part in dict.fromkeys(case.part for case in cases):
+        of_part = [case for case in cases if case.part == part]
+        lines += [[part, c.name, f"{c.expected:.0f}", f"{c.at_most:.0f}"] for c in of_part]
+        expected, most = sum(c.expected for c in of_part), SECONDS.get(part, LIMITS_SECONDS)
+        lines.append([part, "**in all**", f"**{expected:.0f}**", f"**{most:.0f}**"])
+    expected = sum(case.expected for case in cases)
+    most = sum(SECONDS.get(part, LIMITS_SECONDS) for part in {case.part for case in cases})
+    lines.append(["all", "**in all**", f"**{expected:.0f}**", f"**{most:.0f}**"])
+    header = ["part", "case", "seconds, by estimate", "at most"]
+    return f"The plan:\n\n{markdown_table(header, lines)}\n"
 
 
 def run_tests(rehearse: bool, seconds: float) -> dict[str, Any]:
-    """pytest's exit code and the end of what it printed."""
-    tests = REHEARSED_TESTS if rehearse else TESTS
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rs", *tests]
+    """pytest's exit code (None: out of time), what failed, and the end of what it printed."""
+    # Warnings are errors where the versions are ours; a GPU comes with versions of its own.
+    command = [sys.executable, "-W", "default", "-m", "pytest", "-W", "default"]
+    command += ["-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"]
+    command += ["-rsfE", "-v", "--tb=short"]
+    command += ["--ignore", "tests/kernels/test_compilation.py"]  # learns nothing from a GPU
+    if find_spec("xdist") is not None and not rehearse:
+        command += ["-n", "8"]
+    if find_spec("pytest_benchmark") is not None:
+        command += ["-p", "no:benchmark"]  # it warns beside xdist
+    command += REHEARSED_TESTS if rehearse else TESTS
     began = perf_counter()
-    try:
-        finished = subprocess.run(
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as printed:
+        # A file, not a pipe: what has been printed is there whatever happens.
+        process = subprocess.Popen(
             command,
             cwd=ROOT,
-            capture_output=True,
+            stdout=printed,
+            stderr=subprocess.STDOUT,
             text=True,
-            timeout=seconds,
-            check=False,
+            start_new_session=True,
         )
-    except subprocess.TimeoutExpired as error:
-        printed = (error.stdout or b"").decode(errors="replace")[-6_000:]
-        return {"exit_code": None, "output": f"{printed}\ntook longer than {seconds:.0f} s"}
+        exit_code: int | None = None
+        try:
+            exit_code = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)  # upon which pytest tells what has failed
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(15)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its workers, too
+            process.wait()
+        printed.seek(0)
+        output = printed.read()
+    if exit_code is None:
+        output += f"\ntook longer than {seconds:.0f} s"
     return {
-        "exit_code": finished.returncode,
+        "exit_code": exit_code,
         "seconds": round(perf_counter() - began, 1),
-        "output": (finished.stdout + finished.stderr)[-6_000:],
+        "failed": re.findall(r"(?m)^(?:FAILED|ERROR) .*", output)
+        or re.findall(r"(?m)^.*\b(?:FAILED|ERROR)\b.*", output),
+        "output": output[-6_000:],
     }
 
 
@@ -207,8 +334,7 @@ def failures(record: dict[str, Any]) -> list[str]:
         if "error" in row
     ]
     return failed + [
-        f"{'profile of ' * bool(row.get('profile'))}{row['run']}, stage {row['stage']}, "
-        f"batch {row['batch_size']}: {row['error']}"
+        f"stage {row['stage']}, {describe_case(row)}: {row['error']}"
         for row in record["rows"]
         if "error" in row
     ]
@@ -221,7 +347,7 @@ def describe_suite(record: dict[str, Any]) -> str:
         tests = record["tests"]
         lines = tests["output"].strip().splitlines() or ["no output"]
         passed = tests["exit_code"] == 0
-        output = "\n".join(lines)
+        output = "\n".join([*tests["failed"], "", *lines])
         parts.append(f"Tests: {lines[-1]}" if passed else f"Tests failed:\n\n```\n{output}\n```")
     if "kernels" in record and "copy_bytes" in record["limits"]:
         parts.append(describe_kernels(record))

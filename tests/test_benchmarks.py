@@ -15,9 +15,13 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
+from twostage.data.samplers import random_batches
+from twostage.model.bert import BertConfig
 from twostage.model.checkpoint import build_model
 from twostage.training import stage as stage_module
 from twostage.training import trunk as trunk_module
+from twostage.training.graphs import StepGraphs, bucket_of
+from twostage.training.precision import WorkingCopy
 from twostage.training.trunk import compute_features
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -80,12 +84,12 @@ def test_ours_has_the_whole_data_sets_words_to_train(
     """Not those alone that occur in the steps on the clock."""
     used = []
 
-    class WorkingCopy(stage_module.WorkingCopy):
+    class Spy(WorkingCopy):
         def __init__(self, model: Any, dtype: torch.dtype, used_tokens_V: Any, impl: str) -> None:
             used.append(used_tokens_V.tolist())
             super().__init__(model, dtype, used_tokens_V, impl)
 
-    monkeypatch.setattr(stage_module, "WorkingCopy", WorkingCopy)
+    monkeypatch.setattr(stage_module, "WorkingCopy", Spy)
     job = make_job(train_throughput, "ours bf16", 2)
     train_throughput.run_job(job)
     case = train_throughput.make_case(job, torch.device("cpu"))
@@ -272,22 +276,32 @@ def test_compiled_the_trainer_leaves_tf32_readable(
     from transformers import training_args
     from transformers.utils.import_utils import enable_tf32
 
-    gpu = torch.device("cuda")
+    gpu, matmul = torch.device("cuda"), torch.backends.cuda.matmul
     chosen = peers.choose_tf32(True, "inductor", gpu)
     assert (peers.choose_tf32(True, None, gpu), peers.choose_tf32(False, None, gpu)) == (True, None)
     monkeypatch.setattr(training_args, "is_torch_tf32_available", lambda: True)
-    enable_tf32.cache_clear()
     monkeypatch.setattr("torch.backends.fp32_precision", "none")  # and back, at the end
-    for tf32 in (chosen, None):
-        transformers.TrainingArguments(
-            str(tmp_path), bf16=True, use_cpu=True, tf32=tf32, torch_compile=True, report_to="none"
-        )
-        if tf32 is None:
-            with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
-                _ = torch.backends.cuda.matmul.allow_tf32
-        else:
-            assert not torch.backends.cuda.matmul.allow_tf32
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "none"
+    try:
+        for tf32 in (chosen, None):
+            enable_tf32.cache_clear()
+            transformers.TrainingArguments(
+                str(tmp_path),
+                bf16=True,
+                use_cpu=True,
+                tf32=tf32,
+                torch_compile=True,
+                report_to="none",
+            )
+            if tf32 is None:
+                with pytest.raises(RuntimeError, match="mix of the legacy and new APIs"):
+                    _ = matmul.allow_tf32
+            else:
+                assert not matmul.allow_tf32
+    finally:
         enable_tf32.cache_clear()
+        matmul.fp32_precision = before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU in this machine")
@@ -322,10 +336,9 @@ def test_the_graphs_of_p4_train_as_its_single_steps_do(
 def test_a_layers_needed_operations_are_those_that_torch_counts(workload: ModuleType) -> None:
     """Of a trained layer below the last, on texts of equal length, where nothing is padded."""
 
-    def counted(config: object) -> int:
-        model = transformers.BertModel(
-            transformers.BertConfig(**asdict(config), attn_implementation="eager")  # type: ignore[call-overload]
-        )
+    def counted(config: BertConfig) -> int:
+        settings = asdict(config) | {"attn_implementation": "eager"}
+        model = transformers.BertModel(transformers.BertConfig(**settings))
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(torch.randint(100, 200, (3, 17)))
         return counter.get_total_flops()
@@ -373,35 +386,125 @@ def test_a_case_that_fails_or_hangs_is_a_row_with_its_reason(
 def test_the_gpu_suite_rehearses_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--rehearse", "--output"]
     finished = subprocess.run(
-        [*command, str(tmp_path)], capture_output=True, text=True, check=False
+        [*command, str(tmp_path), "--commit", "a commit"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert finished.returncode == 0, finished.stdout + finished.stderr
     (json_path,) = tmp_path.glob("gpu_suite-rehearsal-*.json")
     record = json.loads(json_path.read_text())
+    assert record["commit"] == "a commit"
     assert record["tests"]["exit_code"] == 0
-    expected = {
-        (run, stage)
-        for run in ("ours bf16", "P0 fp32", "P1 bf16", "P2 bf16", "P4 bf16")
-        for stage in (1, 2)
-    }
-    assert {(row["run"], row["stage"]) for row in record["rows"]} == expected | {
-        ("ours bf16, Triton", 2),
-        ("ours bf16, graphs", 2),
-        ("P3 bf16", 2),
-    }
+    in_stage_2 = ["ours bf16, graphs", "P4 bf16", "P1 bf16", "ours bf16, Triton", "P6 bf16"]
+    runs = [*in_stage_2, "ours bf16", "ours bf16"]
+    assert [row["run"] for row in record["rows"]] == runs
+    assert [row["stage"] for row in record["rows"]] == [2] * 6 + [1]
     assert all(row["examples_per_second"] > 0 for row in record["rows"])
-    profiled = [row["profile"] for row in record["rows"] if row.get("profile")]
-    assert len(profiled) == 2
-    assert all(sum(entry["share"] for entry in profile) > 0.5 for profile in profiled)
-    assert len({row["operation"] for row in record["kernels"]}) == 6
-    assert len(record["kernels"]) == 18
+    for row in record["rows"][:6]:
+        at_p50 = 4e3 / row["step_ms_p20_p50_p80"][1]
+        assert row["examples_per_second_at_p50"] == pytest.approx(at_p50, rel=0.01)
+    (profiled,) = [row for row in record["rows"] if row.get("profile")]
+    assert sum(entry["share"] for entry in profiled["profile"]) > 0.5
+    assert 0 < profiled["operations_ms_per_step"] < profiled["mean_step_ms"]
+    assert {row["operation"] for row in record["kernels"]} == {"AdamW"}
     assert all(row["close"] for row in record["kernels"])
     markdown = json_path.with_suffix(".md").read_text()
-    assert markdown.count("| P4 bf16 |") == 2
-    assert "Where a step goes" in markdown
+    assert markdown.count("| P4 bf16 |") == 1
+    assert "gaps between them" in markdown
     (seeds,) = record["seeds"]
     assert seeds["examples_per_second"] > 0
-    assert "2 seeds of both stages" in markdown
+    assert "Seeds of both stages" in markdown
+
+    # The plan and where the results go are told first, then each row as it comes, in order.
+    lines = finished.stdout.splitlines()
+    assert lines[0].startswith(f"results: {tmp_path}/gpu_suite-rehearsal-")
+    rows = [json.loads(line) for line in lines if line.startswith("{")]
+    assert rows[0] == record["limits"]
+    assert rows[1:7] == record["rows"][:6]
+    assert rows[7:9] == [seeds, record["tests"]]
+    assert rows[9:-2] == record["kernels"]
+    assert rows[-2:] == [record["rows"][6], record]
+
+
+def test_the_plan_of_the_gpu_suite_fits_its_commands(train_throughput: ModuleType) -> None:
+    """Ten minutes a part, told without a GPU, the most telling cases first."""
+    import gpu_suite
+
+    command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--plan"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert list(gpu_suite.SECONDS) == ["stage-2", "seeds", "tests", "kernels", "stage-1"]
+    cases = gpu_suite.make_plan(list(gpu_suite.SECONDS), rehearse=False)
+    for part, limit in gpu_suite.SECONDS.items():
+        assert gpu_suite.LIMITS_SECONDS + limit <= 540
+        expected = sum(case.expected for case in cases if case.part == part)
+        assert expected <= 0.9 * limit
+        assert f"| {part} | **in all** | **{expected:.0f}** | **{limit:.0f}** |" in printed
+    for case in cases:
+        line = f"| {case.part} | {case.name} | {case.expected:.0f} | {case.at_most:.0f} |"
+        assert line in printed
+    assert [case.name for case in cases if case.part == "stage-2"] == [
+        *("ours bf16, graphs, batch 16", "P4 bf16, batch 16", "P1 bf16, batch 16"),
+        *("ours bf16, Triton, batch 16", "profile of ours bf16, graphs, batch 16"),
+        *("ours bf16, batch 16", "P2 bf16, batch 16"),
+        *("ours bf16, graphs, batch 512", "P4 bf16, batch 512", "P1 bf16, batch 512"),
+        *("ours bf16, graphs, batch 64", "P4 bf16, batch 64", "P1 bf16, batch 64"),
+        *("P6 bf16, batch 16", "P0 fp32, batch 16", "P0 tf32, batch 16", "P3 bf16, batch 16"),
+    ]
+    seeds = [(job["run"], job["seeds"]) for job in gpu_suite.plan_seeds(rehearse=False)]
+    assert dict(seeds) == {
+        "graphs, one trunk for all": 5,
+        "graphs": 5,
+        "kernels": 1,
+        "one trunk for all": 1,
+    }
+    assert {job["texts"] for job in gpu_suite.plan_stage(1, rehearse=False)} == {45_082}
+
+
+def test_the_gpu_suites_tests_tell_what_failed_when_time_is_up(
+    train_throughput: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    import gpu_suite
+
+    slow = tmp_path / "test_slow.py"
+    slow.write_text(
+        "import time, warnings\n"
+        "def test_warns(): warnings.warn('Synchronization debug mode is a prototype')\n"
+        "def test_fails(): assert 1 == 2, 'a reason'\n"
+        "def test_hangs(): time.sleep(600)\n"
+    )
+    monkeypatch.setattr(gpu_suite, "REHEARSED_TESTS", (str(slow),))
+    result = gpu_suite.run_tests(rehearse=True, seconds=10.0)
+    assert result["exit_code"] is None
+    assert result["seconds"] < 30
+    assert len(result["failed"]) == 1
+    assert "test_fails" in result["failed"][0]
+    assert "test_warns PASSED" in result["output"]
+    assert "a reason" in result["output"]
+    assert result["output"].endswith("took longer than 10 s")
+
+
+def test_every_step_of_the_benchmark_is_replayed(
+    workload: ModuleType, train_throughput: ModuleType
+) -> None:
+    """An epoch of stage 2 at batch 16, as the benchmark draws it."""
+    texts, size = workload.NUM_RANDOM_TEXTS["bert-base"], 16
+    data = workload.random_texts(texts, workload.SHAPES["bert-base"].vocab_size)
+    batches = random_batches(texts, size, (train_throughput.SEED, 2), epoch=0)
+    lengths_N = data.store.lengths.numpy()
+    cpu = torch.device("cpu")
+    graphs = StepGraphs(lambda inputs: None, batches, lengths_N, lambda step: 0.0, cpu)
+    buckets = [graphs.find_bucket(rows) for rows in batches]
+    assert len(buckets) == 500
+    assert None not in buckets
+    # Rare buckets go to larger graphs, with little filler: fewer graphs than buckets.
+    own = [bucket_of(lengths_N[rows]) for rows in batches]
+    assert len(set(buckets)) < len(set(own)) <= 20
+    larger = [
+        theirs.num_tokens / mine.num_tokens for theirs, mine in zip(buckets, own, strict=True)
+    ]
+    assert sum(ratio > 1 for ratio in larger) < 15
+    assert max(larger) < 1.5
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
