@@ -48,8 +48,10 @@ STARTED_BY = {
     "python benchmarks/augment_throughput.py": "augmentation/test_throughput.py::"
     "test_the_benchmark_runs_and_nobody_beats_what_is_possible",
     "python benchmarks/gpu_suite.py": "test_benchmarks.py::test_without_a_gpu_the_suite_says_so",
-    "python benchmarks/gpu_suite.py --parts stage-2": "test_benchmarks.py::"
-    "test_the_gpu_suite_rehearses_on_a_cpu",
+    "python benchmarks/gpu_suite.py --parts stage-2 --output DIR --commit COMMIT": "test_benchmarks"
+    ".py::test_the_gpu_suite_rehearses_on_a_cpu",
+    "python benchmarks/gpu_suite.py --plan": "test_benchmarks.py::"
+    "test_the_plan_of_the_gpu_suite_fits_its_commands",
     "python benchmarks/gpu_suite.py --rehearse": "test_benchmarks.py::"
     "test_the_gpu_suite_rehearses_on_a_cpu",
     "python benchmarks/kernel_throughput.py": HERE + "test_the_kernels_benchmark_asks_for_a_gpu",
