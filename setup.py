@@ -18,6 +18,7 @@ BENCH = ["transformers>=5.2", "accelerate>=1.0", "openai>=1.60"]
 TEST = [
     *PLOT,
     "pytest>=8",
+    "pytest-xdist>=3.6",
     "hypothesis>=6.100",
     *BENCH,
     "scikit-learn>=1.5",

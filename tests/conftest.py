@@ -1,9 +1,14 @@
 """What several tests need: the demo's encoder and texts, and a small random BERT of our own."""
 
+import fcntl
 import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
+
+# Before torch is imported, and for the commands that the tests start: the models here are tiny, and
+# two threads that wait for each other on cores that others use take a hundred times as long as one.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -24,11 +29,18 @@ settings.register_profile("twostage", deadline=None, derandomize=True)
 settings.load_profile("twostage")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slow tests first, so that no process is left with the longest of them at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def demo_folder(pytestconfig: pytest.Config) -> Path:
     """The real MiniLM and the critics' snippets: 93 MB, downloaded once, kept in pytest's cache."""
     folder = pytestconfig.cache.mkdir("demo")
-    fetch_demo(folder)
+    with (folder.parent / "demo.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one of the processes that run tests side by side
+        fetch_demo(folder)
     return folder
 
 
@@ -81,8 +93,8 @@ def tiny_checkpoint() -> Checkpoint:
 @pytest.fixture
 def short_heads_checkpoint() -> Checkpoint:
     """Two layers with heads of 32 features, for which attention has Triton kernels."""
-    shape = {"hidden_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
-    return random_checkpoint(replace(TINY, **shape))
+    config = replace(TINY, hidden_size=64, num_attention_heads=2, num_hidden_layers=2)
+    return random_checkpoint(config)
 
 
 def random_checkpoint(config: BertConfig) -> Checkpoint:
