@@ -11,17 +11,15 @@ thread, bytes of spills, and how many reads and writes of memory are 16 bytes a 
 import json
 import multiprocessing
 import re
-import subprocess
-import tempfile
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from contextlib import redirect_stdout
+from io import StringIO
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime import JITFunction
 
@@ -160,6 +158,8 @@ def main() -> None:
             options,
         )
 
+    triton.knobs.nvidia.dump_ptxas_log = True  # one call of the assembler tells all
+    triton.knobs.compilation.always_compile = True  # the cache keeps no log
     JITFunction.run = record
     twostage.kernels.triton_problem = lambda device: None
     for run in RUNS:
@@ -196,11 +196,12 @@ def compile_for_targets(
         else:
             signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
     for capability in CAPABILITIES:
-        compiled = triton.compile(
-            ASTSource(kernel, signature, fixed, attributes),
-            target=GPUTarget("cuda", capability, 32),
-            options=options,
-        )
+        with redirect_stdout(StringIO()) as log:
+            compiled = triton.compile(
+                ASTSource(kernel, signature, fixed, attributes),
+                target=GPUTarget("cuda", capability, 32),
+                options=options,
+            )
         yield {
             "kernel": kernel.__name__,
             "capability": capability,
@@ -208,26 +209,14 @@ def compile_for_targets(
             "warps": options["num_warps"],
             "shared": compiled.metadata.shared,
             "wide": len(re.findall(r"(?:ld|st)\.global[\w.:]*\.v4\.b32", compiled.asm["ptx"])),
-            **resources(compiled.asm["ptx"], capability),
+            **resources(log.getvalue()),
         }
 
 
-def resources(ptx: str, capability: int) -> dict[str, int]:
-    """Registers a thread and bytes of spills, as Triton's own assembler reports them."""
-    assembler = get_ptxas(capability).path
-    (target,) = re.findall(r"^\.target (\w+)", ptx, re.MULTILINE)
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx, encoding="utf-8")
-        finished = subprocess.run(
-            [assembler, "-v", f"--gpu-name={target}", source, "-o", f"{source}.o"],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-    assert finished.returncode == 0, finished.stderr
-    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", finished.stderr))
-    (registers,) = re.findall(r"Used (\d+) registers", finished.stderr)
+def resources(log: str) -> dict[str, int]:
+    """Registers a thread and bytes of spills, as the assembler that Triton calls reports them."""
+    spills = sum(int(n) for n in re.findall(r"(\d+) bytes spill", log))
+    (registers,) = re.findall(r"Used (\d+) registers", log)
     return {"registers": int(registers), "spills": spills}
 
 
