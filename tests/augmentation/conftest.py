@@ -189,10 +189,7 @@ class ApiServer:
         answer = self.script.pop(0) if self.script else self.reply
         reply = answer if isinstance(answer, Reply) else answer(request_id, body)
         delay = self.delay if reply.delay is None else reply.delay
-        stays = await self._send(reply, delay, reader, writer)
-        if reply.is_good and not reader.at_eof():
-            self.answered[request_id] += 1
-        return stays
+        return await self._send(reply, delay, reader, writer, request_id)
 
     async def _send(
         self,
@@ -200,6 +197,7 @@ class ApiServer:
         delay: float,
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
+        chat_id: str | None = None,
     ) -> bool:
         """Raises ConnectionError where the client is known to have gone."""
         if delay:
@@ -216,6 +214,8 @@ class ApiServer:
         headers = {"Content-Type": "application/json", "Content-Length": str(len(body))}
         lines = [f"{name}: {value}\r\n" for name, value in (headers | reply.headers).items()]
         head = f"HTTP/1.1 {reply.status} {_phrase(reply.status)}\r\n{''.join(lines)}\r\n"
+        if chat_id is not None and reply.is_good and not reader.at_eof():
+            self.answered[chat_id] += 1  # before the client can have it, and a test looks
         writer.write(head.encode("latin-1") + body[: reply.cut_after])
         await writer.drain()
         return reply.cut_after is None and not reply.close
