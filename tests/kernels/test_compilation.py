@@ -10,6 +10,9 @@ from typing import Any
 
 import pytest
 
+# In one process, which compiles everything once.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("compilation")]
+
 KERNELS = Path(__file__).parents[2] / "kernels"
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 """Bytes that a block may have (CUDA C++ programming guide, table of compute capabilities)."""
