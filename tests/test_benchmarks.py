@@ -484,6 +484,27 @@ def test_the_gpu_suites_tests_tell_what_failed_when_time_is_up(
     assert result["output"].endswith("took longer than 10 s")
 
 
+def test_the_gpu_suite_runs_the_tests_in_its_order(train_throughput: ModuleType) -> None:
+    """Attention first, and all files of the kernels but that of compilation."""
+    import gpu_suite
+
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=--import-mode=importlib", "-q"]
+    collected = subprocess.run(
+        [*command, "-p", "no:cacheprovider", "--collect-only", *gpu_suite.TESTS],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=gpu_suite.ROOT,
+    ).stdout
+    files = [line.split("::")[0] for line in collected.splitlines() if "::" in line]
+    assert list(dict.fromkeys(files)) == [test.split("::")[0] for test in gpu_suite.TESTS]
+    kernels = {
+        str(path.relative_to(gpu_suite.ROOT))
+        for path in (gpu_suite.ROOT / "tests/kernels").glob("test_*.py")
+    }
+    assert kernels - set(files) == {"tests/kernels/test_compilation.py"}
+
+
 def test_every_step_of_the_benchmark_is_replayed(
     workload: ModuleType, train_throughput: ModuleType
 ) -> None:
