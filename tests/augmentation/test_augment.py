@@ -362,14 +362,15 @@ def test_a_text_that_the_server_stumbles_over_costs_its_own_draws_alone(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("twostage.augmentation.openai_client.RETRY_SECONDS", 1.0)
+    monkeypatch.setattr("twostage.augmentation.openai_client.RETRY_SECONDS", 0.5)
     victim = read_table(folder / "train.csv").texts[3]
+    oops = error(500, "oops", headers={"retry-after-ms": "50"})
 
     def reply(request_id: str, body: Any) -> Reply:
-        return error(500, "oops") if source_of(body) == victim else default_reply(request_id)
+        return oops if source_of(body) == victim else default_reply(request_id)
 
     server.reply = reply
-    server.delay = 0.02
+    server.delay = 0.05  # so that others are answered, one after the other, for over a second
     assert augment(folder, server, "--concurrency", "2") == 0
     printed = capsys.readouterr().out
     assert "train.csv, line 5: no answer, though others had theirs" in printed
