@@ -51,6 +51,7 @@ def make_job(train_throughput: ModuleType, run: str, stage: int, **settings: Any
     return job | {"warmup": 2} | settings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_without_dropout_every_rival_has_our_losses(
     train_throughput: ModuleType, stage: int, capsys: pytest.CaptureFixture[str]
@@ -78,6 +79,7 @@ def test_without_dropout_every_rival_has_our_losses(
         assert result.get("mean_loss") == pytest.approx(ours, rel=tolerance), (run, result)
 
 
+@pytest.mark.slow
 def test_ours_has_the_whole_data_sets_words_to_train(
     train_throughput: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -101,6 +103,7 @@ def test_ours_has_the_whole_data_sets_words_to_train(
     assert len(torch.cat(timed).unique()) < 0.8 * len(used[0])
 
 
+@pytest.mark.slow
 def test_the_time_of_stage_1_includes_the_frozen_layers(
     train_throughput: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +127,7 @@ def test_the_time_of_stage_1_includes_the_frozen_layers(
     assert result["step_ms_p20_p50_p80"][1] < 200  # a step in which no window is computed
 
 
+@pytest.mark.slow
 def test_ours_keeps_freed_memory_as_the_command_line_does(
     train_throughput: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +158,7 @@ def test_both_stages_together_are_the_sum_of_their_times(train_throughput: Modul
     assert train_throughput.describe_both_stages(speeds, 64) == ""
 
 
+@pytest.mark.slow
 def test_a_profile_is_printed_and_nothing_written(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "train_throughput.py"), "--profile"]
     command += ["--model", "tiny", "--device", "cpu", "--output", str(tmp_path / "results")]
@@ -168,6 +173,7 @@ def test_a_profile_is_printed_and_nothing_written(tmp_path: Path) -> None:
     assert not (tmp_path / "results").exists()
 
 
+@pytest.mark.slow
 def test_batches_grouped_by_length_are_counted_as_they_are(
     train_throughput: ModuleType, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,6 +251,7 @@ def test_flash_attention_takes_packed_texts(train_throughput: ModuleType) -> Non
     assert [g.shape for g in gradients] == [x.shape for x in parts]
 
 
+@pytest.mark.slow
 def test_tf32_is_on_for_its_run_alone(
     train_throughput: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -368,6 +375,7 @@ def test_random_texts_have_the_snippets_lengths(workload: ModuleType) -> None:
     assert 7_000 < len(data.store.ids.unique()) < 12_000
 
 
+@pytest.mark.slow
 def test_a_case_that_fails_or_hangs_is_a_row_with_its_reason(
     train_throughput: ModuleType,
 ) -> None:
@@ -383,6 +391,7 @@ def test_a_case_that_fails_or_hangs_is_a_row_with_its_reason(
     assert [row["error"] for row in rows] == ["no time left"] * 2
 
 
+@pytest.mark.slow
 def test_the_gpu_suite_rehearses_on_a_cpu(tmp_path: Path) -> None:
     command = [sys.executable, str(BENCHMARKS / "gpu_suite.py"), "--rehearse", "--output"]
     finished = subprocess.run(
@@ -427,6 +436,7 @@ def test_the_gpu_suite_rehearses_on_a_cpu(tmp_path: Path) -> None:
     assert rows[-2:] == [record["rows"][6], record]
 
 
+@pytest.mark.slow
 def test_the_plan_of_the_gpu_suite_fits_its_commands(train_throughput: ModuleType) -> None:
     """Ten minutes a part, told without a GPU, the most telling cases first."""
     import gpu_suite
@@ -461,6 +471,7 @@ def test_the_plan_of_the_gpu_suite_fits_its_commands(train_throughput: ModuleTyp
     assert {job["texts"] for job in gpu_suite.plan_stage(1, rehearse=False)} == {45_082}
 
 
+@pytest.mark.slow
 def test_the_gpu_suites_tests_tell_what_failed_when_time_is_up(
     train_throughput: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -484,6 +495,7 @@ def test_the_gpu_suites_tests_tell_what_failed_when_time_is_up(
     assert result["output"].endswith("took longer than 10 s")
 
 
+@pytest.mark.slow
 def test_the_gpu_suite_runs_the_tests_in_its_order(train_throughput: ModuleType) -> None:
     """Attention first, and all files of the kernels but that of compilation."""
     import gpu_suite
@@ -528,6 +540,7 @@ def test_every_step_of_the_benchmark_is_replayed(
     assert max(larger) < 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
 def test_without_a_gpu_the_suite_says_so() -> None:
     finished = subprocess.run(

@@ -352,6 +352,7 @@ def test_an_unknown_model_path_is_one_sentence_and_exit_code_3(
     fails(capsys, 3, f"there is no model folder '{tmp_path / 'no-model'}'", *command)
 
 
+@pytest.mark.slow
 def test_a_models_name_is_looked_up_on_the_hub_after_all_else_was_checked(
     data: Path, tmp_path: Path
 ) -> None:
@@ -481,6 +482,7 @@ def test_tables_are_read_in_the_encoding_that_is_named(
         assert [c["name"] for c in report["classes"]] == ["non", "oui"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files as Linux does")
 @pytest.mark.parametrize(("limit", "file"), [(100, "log.csv"), (5_000, "seed-1")])
 def test_a_full_disk_is_one_sentence(
@@ -561,6 +563,7 @@ def test_a_run_that_diverges_stops_with_exit_code_7(
     assert not (tmp_path / "o" / "results.csv").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("number", "code", "at_start"),
     [

@@ -190,6 +190,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
     assert server.errors == []
 
 
+@pytest.mark.slow
 def test_the_readmes_commands_run_in_order(
     desk: Path,
     server: ApiServer,
@@ -236,6 +237,7 @@ def test_the_readmes_commands_run_in_order(
     assert (desk / "results" / "augmented" / "metrics.json").is_file()
 
 
+@pytest.mark.slow
 def test_the_first_command_ends_in_a_comparison(
     desk: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -279,6 +281,7 @@ def run_script(script: str, *arguments: str) -> str:
     return finished.stdout
 
 
+@pytest.mark.slow
 def test_two_stages_are_compared_with_vanilla(desk: Path) -> None:
     arguments = "--data demo --rates 0.1 --seeds 7 --output results"
     printed = run_script("two_stage_vs_vanilla.py", *arguments.split())
@@ -292,6 +295,7 @@ def test_two_stages_are_compared_with_vanilla(desk: Path) -> None:
     assert json.loads((desk / "results" / "two_stage_vs_vanilla.json").read_text()) == record
 
 
+@pytest.mark.slow
 def test_a_stage_is_timed(desk: Path) -> None:
     arguments = "--model tiny --device cpu --stages 2 --batch-sizes 4 --texts 24 --warmup 1"
     runs = ("--runs", "ours bf16", "--output", "results")
@@ -306,6 +310,7 @@ def test_a_stage_is_timed(desk: Path) -> None:
     assert written.strip() in printed
 
 
+@pytest.mark.slow
 def test_a_saving_is_taken_out_and_timed(desk: Path) -> None:
     """On the demo's texts, which its siblings leave to it."""
     saving = "frozen trunk in large batches"
@@ -318,12 +323,14 @@ def test_a_saving_is_taken_out_and_timed(desk: Path) -> None:
     assert (desk / "results" / "savings-minilm-cpu.md").read_text().strip() in printed
 
 
+@pytest.mark.slow
 def test_the_histogram_is_that_of_the_snippets(demo_folder: Path, tmp_path: Path) -> None:
     output = tmp_path / "histogram.json"
     run_script("workload.py", "--data", str(demo_folder), "--output", str(output))
     assert output.read_bytes() == (BENCHMARKS / "snippet_histogram.json").read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said without a GPU")
 def test_the_kernels_benchmark_asks_for_a_gpu() -> None:
     command = [sys.executable, str(BENCHMARKS / "kernel_throughput.py")]
@@ -333,6 +340,7 @@ def test_the_kernels_benchmark_asks_for_a_gpu() -> None:
     assert finished.stderr == said
 
 
+@pytest.mark.slow
 def test_the_kernels_benchmark_rehearses_on_a_cpu(tmp_path: Path) -> None:
     chosen = ("--rehearse", "--operations", "cross-entropy", "--output", str(tmp_path))
     run_script("kernel_throughput.py", *chosen)

@@ -33,6 +33,7 @@ def make_small_demo(demo_folder: Path, model: Path, folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_three_runs_side_by_side_with_matrices_and_a_figure(small: Path) -> None:
     said: list[str] = []
     results = demo.run_demo(small, rate=0.2, seed=3, say=said.append)
@@ -53,6 +54,7 @@ def test_three_runs_side_by_side_with_matrices_and_a_figure(small: Path) -> None
     assert imread(small / "results" / "0.2-seed-3" / "demo.png").std() > 0.05
 
 
+@pytest.mark.slow
 def test_without_matplotlib_the_demo_ends_well_and_says_how_to_get_a_figure(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,6 +65,7 @@ def test_without_matplotlib_the_demo_ends_well_and_says_how_to_get_a_figure(
     assert not (small / "results" / "0.2-seed-3" / "demo.png").exists()
 
 
+@pytest.mark.slow
 def test_the_three_runs_differ_only_in_method_and_epochs(
     small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -204,6 +204,7 @@ def test_training_without_dropout_follows_the_cpu_in_fp32(
         assert ours.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_training_learns_with_dropout_and_repeats(
     tiny_checkpoint: Checkpoint, data: StageData, device: torch.device, dtype: torch.dtype

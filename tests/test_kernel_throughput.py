@@ -63,6 +63,7 @@ def test_a_childs_rows_come_as_it_prints_them(harness: ModuleType, child: Path) 
     assert time.monotonic() - began < 25
 
 
+@pytest.mark.slow
 def test_a_time_out_keeps_the_rows_before_it(harness: ModuleType, child: Path) -> None:
     """And waits for nothing that the child has started."""
     began = time.monotonic()
@@ -188,6 +189,7 @@ def test_the_ninth_shape_is_compiled_like_the_first(
     assert len(compiled) == 9
 
 
+@pytest.mark.slow
 def test_a_part_that_is_cut_off_keeps_its_rows(
     benchmark: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

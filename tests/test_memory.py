@@ -26,6 +26,7 @@ print(resident_mib() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the C library is not glibc")
 def test_freed_blocks_stay_with_the_process() -> None:
     def kept_mib(how: str) -> int:

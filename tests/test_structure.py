@@ -114,6 +114,7 @@ def test_the_bare_name_kernels_is_not_ours() -> None:
     assert find_spec("kernels") is None
 
 
+@pytest.mark.slow
 def test_import_twostage_loads_nothing_heavy_and_the_parts_load_without_each_other() -> None:
     def modules_after(statement: str) -> set[str]:
         code = f"import sys\n{statement}\nprint(*{{m.split('.')[0] for m in sys.modules}})"

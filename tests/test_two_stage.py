@@ -99,6 +99,7 @@ def losses_of_a_transformers_loop(
     return losses
 
 
+@pytest.mark.slow
 def test_losses_equal_those_of_a_transformers_loop_for_20_steps_of_each_stage(
     without_dropout: Path, snippets: Table, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -65,6 +65,7 @@ def run_benchmark(name: str, *arguments: str) -> tuple[str, dict[str, Any]]:
     return finished.stdout, json.loads(finished.stdout.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_every_way_to_predict_gives_our_logits_in_the_order_of_the_texts(
     predict_throughput: ModuleType, folder: Path, tmp_path: Path
 ) -> None:
@@ -94,6 +95,7 @@ def test_every_way_to_predict_gives_our_logits_in_the_order_of_the_texts(
         assert differences_N.max() > 4 * tolerance, run
 
 
+@pytest.mark.slow
 def test_the_rehearsal_of_predicting_marks_the_best_pipeline(tmp_path: Path) -> None:
     runs = ("ours fp32", "pipeline fp32, batch 1", "pipeline bf16, batch 16")
     printed, record = run_benchmark(
@@ -125,6 +127,7 @@ def record_spread(record: dict[str, Any]) -> float:
     return float(spread)
 
 
+@pytest.mark.slow
 def test_without_dropout_the_whole_job_has_the_same_losses_and_scores_on_both_sides(
     time_to_result: ModuleType, folder: Path, tmp_path: Path
 ) -> None:
@@ -153,6 +156,7 @@ def test_without_dropout_the_whole_job_has_the_same_losses_and_scores_on_both_si
             ), run
 
 
+@pytest.mark.slow
 def test_the_rehearsal_of_the_whole_job_has_every_case(demo: Path, tmp_path: Path) -> None:
     runs = ("ours bf16", "P1 bf16", "P0 fp32")
     output = tmp_path / "results"
@@ -177,6 +181,7 @@ def test_the_rehearsal_of_the_whole_job_has_every_case(demo: Path, tmp_path: Pat
     assert md_path.read_text().strip() in printed
 
 
+@pytest.mark.slow
 def test_a_whole_job_that_fails_is_a_row_with_its_reason(
     time_to_result: ModuleType, tmp_path: Path
 ) -> None:
@@ -206,6 +211,7 @@ def test_the_table_has_the_median_round(time_to_result: ModuleType, count: int) 
     assert time_to_result.median_round(rows, "P1 bf16") is None
 
 
+@pytest.mark.slow
 def test_without_any_one_saving_the_training_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without dropout: what stands in for it is called, and leaves the losses as they are."""
     monkeypatch.syspath_prepend(BENCHMARKS)
@@ -238,6 +244,7 @@ def test_without_any_one_saving_the_training_is_the_same(monkeypatch: pytest.Mon
         assert seen == pytest.approx([seen[0]] * len(seen), rel=2e-3)
 
 
+@pytest.mark.slow
 def test_several_seeds_are_timed_with_and_without_a_common_trunk(
     demo: Path, tmp_path: Path
 ) -> None:

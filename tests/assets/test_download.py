@@ -353,6 +353,7 @@ def test_a_server_that_is_busy_for_a_moment_is_asked_again(server: Any, get: Any
     assert len(server.requests) == 3
 
 
+@pytest.mark.slow
 def test_silence_is_cut_short_and_the_download_goes_on(server: Any, get: Any) -> None:
     url = server.file("/a", BODY)
     good = server.answers["/a"]

@@ -140,6 +140,7 @@ def test_a_model_of_an_owner_with_only_a_vocabulary_is_complete(hub: Hub) -> Non
     ]
 
 
+@pytest.mark.slow
 def test_what_another_tool_cached_in_part_is_completed(hub: Hub) -> None:
     hub.has("tiny-bert", CONTENT)
     script = "from huggingface_hub import hf_hub_download as get\nget('tiny-bert', 'config.json')"

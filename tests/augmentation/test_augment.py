@@ -336,6 +336,7 @@ def test_a_server_that_is_not_there_is_a_network_error(
     assert not (folder / "aug.partial.csv").exists(), "there is nothing to write"
 
 
+@pytest.mark.slow
 def test_a_storm_of_passing_faults_changes_nothing(folder: Path, server: ApiServer) -> None:
     faults = [
         error(500, "oops"),
@@ -356,6 +357,7 @@ def test_a_storm_of_passing_faults_changes_nothing(folder: Path, server: ApiServ
     assert len(server.calls) == CALLS + len(faults)
 
 
+@pytest.mark.slow
 def test_a_text_that_the_server_stumbles_over_costs_its_own_draws_alone(
     folder: Path,
     server: ApiServer,
@@ -560,6 +562,7 @@ def uneven_reply(request_id: str, body: Any = None) -> Reply:
     return completion("the same words") if kind == 1 else default_reply(request_id)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at_start", [signal.SIG_DFL, signal.SIG_IGN], ids=["in front", "behind &"])
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_stops_within_seconds_and_keeps_what_was_on_its_way(
@@ -612,6 +615,7 @@ def test_ctrl_c_ends_a_wait_between_two_attempts(folder: Path, server: ApiServer
     assert process.returncode == 130
 
 
+@pytest.mark.slow
 def test_killed_fifty_times_it_ends_with_the_same_bytes_and_pays_nothing_twice(
     tmp_path: Path, server: ApiServer
 ) -> None:
@@ -764,6 +768,7 @@ def test_batches_stay_within_the_budget(folder: Path, server: ApiServer) -> None
     assert (folder / "aug.csv").read_text() == expected_table(folder)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_batches_at_the_server_and_the_next_run_harvests_them(
     folder: Path, server: ApiServer
 ) -> None:

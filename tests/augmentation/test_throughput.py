@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "augment_throughput.py"
 
 
+@pytest.mark.slow
 def test_the_benchmark_runs_and_nobody_beats_what_is_possible(tmp_path: Path) -> None:
     small = "--calls 200 --peer-calls 100 --published-calls 2 --journal 1000"
     small += " --concurrency 8 --delay 0.02"

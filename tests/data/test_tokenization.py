@@ -61,6 +61,7 @@ def test_ids_equal_transformers_on_hostile_texts(demo_folder: Path, max_length: 
     assert store.lengths.tolist() == [len(ids) for ids in ids_of(store)]
 
 
+@pytest.mark.slow
 def test_ids_equal_transformers_on_every_text_of_the_demo_data(
     demo_folder: Path, snippets: Table
 ) -> None:

@@ -97,6 +97,7 @@ def differentiate(
     return [context.detach(), leaf.grad]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [all_tokens, first_tokens])
 @pytest.mark.parametrize("head_size", [32, 64])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -119,6 +120,7 @@ def test_context_and_gradients_are_within_twice_torchs_error_of_float64(
     check_errors(run("triton", dtype), run("torch", dtype), run("torch", torch.float64))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [all_tokens, first_tokens])
 @pytest.mark.parametrize(("lengths", "filler"), MIXTURES)
 def test_any_mixture_of_lengths_is_what_the_padded_form_computes(
@@ -140,6 +142,7 @@ def test_any_mixture_of_lengths_is_what_the_padded_form_computes(
         assert not ours[0][nothing].any(), "a text without tokens has no context"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [[*range(1, 44)], [*range(44, 87)], [*range(87, 129)]])
 def test_every_length_up_to_128_has_the_padded_forms_context_and_gradient(
     device: torch.device, lengths: list[int]
@@ -233,6 +236,7 @@ def test_strided_inputs_and_a_repeated_backward_give_the_same(
         torch.testing.assert_close([context, leaf.grad], [expected[0], times * expected[1]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first_only", [False, True])
 def test_the_operators_pass_torchs_own_checks(device: torch.device, first_only: bool) -> None:
     lengths = [9, 4]

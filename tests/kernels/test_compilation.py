@@ -46,6 +46,19 @@ def compile_launches(cache: Path) -> str:
     return finished.stdout
 
 
+def test_kernels_are_named_after_their_files(kernel_names: set[str]) -> None:
+    """What is launched, `name[grid](…)`: a profile groups by name, whatever the file."""
+    launched = []
+    for path in sorted(KERNELS.glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(func=ast.Subscript(value=ast.Name(id=name))):
+                    assert name.startswith(f"{path.stem}_"), f"{path} launches {name}"
+                    launched.append(name)
+    assert len(launched) == 12
+    assert set(launched) == kernel_names
+
+
 def test_every_kernel_is_compiled_in_every_precision_for_both_targets(
     compiled: list[dict[str, Any]], kernel_names: set[str]
 ) -> None:

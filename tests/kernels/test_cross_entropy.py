@@ -191,6 +191,7 @@ def run(
 
 
 class TestTriton:
+    @pytest.mark.slow
     @pytest.mark.parametrize("shape", [*SHAPES, (300, 2), (130, 9), (2, 1_001)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("kind", ["plain", "weighted", "ldam"])
@@ -310,6 +311,7 @@ class TestTriton:
         backward = torch.ops.twostage.cross_entropy_backward.default
         torch.library.opcheck(backward, (logits_BC, one, one, torch.bfloat16))
 
+    @pytest.mark.slow
     def test_torch_compile_holds_it_whole(self, device: torch.device) -> None:
         logits_BC, labels_B, weights_C, _ = (
             t.to(device) for t in random_inputs((6, 4), torch.float32)

@@ -93,6 +93,7 @@ def test_a_sparse_gradient_names_the_words_that_occur() -> None:
 
 
 class TestTriton:
+    @pytest.mark.slow
     @pytest.mark.parametrize("shape", [(1, 1), (1, 8), (3, 7), (50, 20), (9, 384), (2, 1_025)])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("with_dropout", [True, False])

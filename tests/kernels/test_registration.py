@@ -17,6 +17,7 @@ from twostage.kernels.gelu import bias_gelu
 from twostage.kernels.residual_norm import dropout_residual_norm
 
 
+@pytest.mark.slow
 def test_without_triton_the_torch_path_works_and_asking_for_the_other_says_why() -> None:
     code = """
 import sys

@@ -102,6 +102,7 @@ class TestTorch:
 
 
 class TestTriton:
+    @pytest.mark.slow
     @pytest.mark.parametrize(("rows", "features"), SHAPES)
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     @pytest.mark.parametrize("with_dropout", [True, False])

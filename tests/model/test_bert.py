@@ -62,6 +62,7 @@ def relative_error(ours: Tensor, reference: Tensor) -> float:
     return float((ours - reference).norm() / reference.norm())
 
 
+@pytest.mark.slow
 def test_hidden_states_pooler_and_gradients_agree_with_transformers_on_1_to_512_tokens(
     demo_folder: Path, snippets: Table
 ) -> None:
@@ -277,6 +278,7 @@ def test_the_name_table_covers_every_parameter_once(tiny_checkpoint: Checkpoint)
     assert isinstance(model.config, BertConfig)
 
 
+@pytest.mark.slow
 def test_building_a_model_does_not_load_torchs_compiler(tiny: Path) -> None:
     code = (
         "import sys, torch\n"

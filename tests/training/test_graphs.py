@@ -137,6 +137,7 @@ def numbers(reports: list[StepReport]) -> list[Tensor]:
     return [torch.tensor([getattr(r, name) for r in reports]) for name in ("loss", "grad_norm")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "sampler", "epochs"),
     [(2, "random", 1), (2, "token-budget", 1), (1, "class-balanced", 2), (1, "random", 1)],
@@ -159,6 +160,7 @@ def test_each_replayed_step_is_the_eager_step(
     assert max(abs(a.loss / b.loss - 1) for a, b in zip(ours[1:], ours, strict=False)) > 0.02
 
 
+@pytest.mark.slow
 def test_given_features_are_read_where_they_lie(
     short_heads_checkpoint: Checkpoint, replayed: list[int], check_steps: CheckSteps
 ) -> None:
@@ -170,6 +172,7 @@ def test_given_features_are_read_where_they_lie(
     check_steps(ours, theirs, GRAPHED, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "epochs"), [(1, 2), (2, 1)])
 def test_a_stage_that_is_left_and_entered_again_goes_on_as_if_it_had_not_been(
     short_heads_checkpoint: Checkpoint, check_steps: CheckSteps, stage: int, epochs: int
@@ -194,6 +197,7 @@ def test_a_stage_that_is_left_and_entered_again_goes_on_as_if_it_had_not_been(
     check_steps([*first, *train(state, settings)], whole, settings, stage)
 
 
+@pytest.mark.slow
 def test_long_texts_and_rare_classes_run_eagerly(
     short_heads_checkpoint: Checkpoint,
     replayed: list[int],
@@ -217,6 +221,7 @@ def _batches(epoch: int) -> list[np.ndarray]:
     return epoch_batches("random", DATA.labels_N, lengths_N, 4, (7, 1), epoch)
 
 
+@pytest.mark.slow
 def test_a_step_that_is_not_finite_is_found_and_changes_nothing(
     short_heads_checkpoint: Checkpoint, replayed: list[int]
 ) -> None:
@@ -243,6 +248,7 @@ def test_a_step_that_is_not_finite_is_found_and_changes_nothing(
 # What is compiled before the first step.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("stage", [1, 2])
 def test_compiling_leaves_no_trace(
@@ -283,6 +289,7 @@ def test_compiling_leaves_no_trace(
     assert (state.epoch, state.batch, state.step) == (0, 0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2])
 def test_steps_are_the_same_had_nothing_been_compiled(
     short_heads_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, stage: int
@@ -423,6 +430,7 @@ def _spans(rows: list[int]) -> list[tuple[int, int]]:
     return [(int(DATA.store.offsets[r]), int(DATA.store.offsets[r + 1])) for r in rows]
 
 
+@pytest.mark.slow
 def test_filler_tokens_and_missing_texts_have_gradients_of_exactly_zero(
     short_heads_checkpoint: Checkpoint, nudged: Any
 ) -> None:
@@ -492,6 +500,7 @@ def test_a_bucket_holds_its_batch_with_little_to_spare(lengths: list[int]) -> No
     assert longest <= bucket.max_length < max(17, 2 * longest)
 
 
+@pytest.mark.slow
 def test_buckets_are_few_and_none_has_texts_too_long_for_the_short_attention() -> None:
     at_16 = {bucket_of(np.array([26] * 15 + [extra])) for extra in range(1, 120)}
     assert len(at_16) <= 5

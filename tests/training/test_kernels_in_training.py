@@ -75,6 +75,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return names
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("always_counted")
 @pytest.mark.parametrize(("stage", "dtype"), [(1, torch.float32), *((2, d) for d in DTYPES)])
 def test_losses_are_those_without_kernels(

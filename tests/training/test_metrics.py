@@ -44,6 +44,7 @@ def test_average_precision_counts_equal_scores_at_once() -> None:
         assert average_precision(is_class_N, scores_N) == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_mcc_of_many_texts_does_not_overflow() -> None:
     labels_N = np.tile([0, 1, 1, 1, 1], 2_000_000)
     logits_NC = np.eye(2, dtype=np.float32)[np.roll(labels_N, 1)]

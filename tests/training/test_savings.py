@@ -192,6 +192,7 @@ def test_a_text_drawn_twice_has_two_masks_and_the_same_seed_draws_them_again(
     torch.testing.assert_close(without, again)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("key", [None, torch.tensor([3])], ids=["drawn", "counted"])
 def test_features_with_dropout_average_to_what_the_layers_give_text_by_text(
     tiny_checkpoint: Checkpoint, data: StageData, key: Tensor | None

@@ -50,6 +50,7 @@ class Stop(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sampler", ["random", "class-balanced", "token-budget"])
 @pytest.mark.parametrize("stage", [1, 2])
@@ -86,6 +87,7 @@ def test_a_stage_left_after_any_step_ends_bit_for_bit_like_one_that_was_not(
             assert torch.equal(ours, expected)
 
 
+@pytest.mark.slow
 def test_fp16_leaves_out_the_steps_that_overflow_and_learns_all_the_same(
     tiny_checkpoint: Checkpoint, data: StageData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
