@@ -181,10 +181,8 @@ def measure(
     # Ours last: AdamW changes what it is given.
     torchs, ours = (run_through(f, case.leaves, upstream) for f in (case.reference, case.ours))
     errors = [max(map(relative_error, results, exact)) for results in (ours, torchs)]
-    close = all(
-        relative_error(our, truth) <= 2 * relative_error(its, truth) + torch.finfo(dtype).eps
-        for our, its, truth in zip(ours, torchs, exact, strict=True)
-    )
+    # Of the two that the table shows: that of a single number, such as a loss, may be 0 by luck.
+    close = errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps
     seconds: dict[str, float] = {}
     failures: dict[str, str] = {}
     cases = [make_case(seed) for seed in range(CALLS if device.type == "cuda" else 2)]
