@@ -29,11 +29,6 @@ settings.register_profile("twostage", deadline=None, derandomize=True)
 settings.load_profile("twostage")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slow tests first, so that no process is left with the longest of them at the end."""
-    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-
-
 @pytest.fixture(scope="session")
 def demo_folder(pytestconfig: pytest.Config) -> Path:
     """The real MiniLM and the critics' snippets: 93 MB, downloaded once, kept in pytest's cache."""
