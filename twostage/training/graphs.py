@@ -8,7 +8,7 @@ what changes from step to step must lie on the device at a place that stays, and
     data         the texts of a run of steps (an epoch; in a frozen trunk's stage, a window) lie on
                  the device end to end, in the order in which the steps draw them
     tokens       a step's tokens are a stretch of that axis, as long as its bucket: what lies beyond
-                 the step's own texts are texts of the next step, as filler that nobody reads
+                 the step's own texts are texts of the next step, as filler that is not read
     texts        `cu_seqlens` always has room for as many texts as the largest batch; the missing
                  ones have no tokens, and a label that no loss counts
     counters     where the step stands in the run, and from it the learning rate and the numbers of
@@ -114,12 +114,14 @@ class StepGraphs:
         self._next_step = -1  # at which the device's own counter stands
 
     def compile(self, take_step: Callable[[StepInputs], None], hidden_ED: Tensor | None) -> None:
-        """Take a step on texts without tokens in each length class.
+        """Take a step on texts without tokens in each length class, on a GPU of each graph's size.
 
         take_step: leaves no trace. hidden_ED: rows like the features', where layers are frozen.
         """
         began = perf_counter()
-        for bucket in self._to_compile.values():
+        # Where they are recorded, cuBLAS must have loaded its kernel for each size before.
+        recorded = self.graph_of.values() if self._stream else ()
+        for bucket in dict.fromkeys([*self._to_compile.values(), *recorded]):
             room = (bucket.num_tokens, 1, self._batch_size)
             take_step(_DeviceTables(room, hidden_ED, self._device).step_inputs(bucket))
         self.capture_seconds += perf_counter() - began
