@@ -43,6 +43,7 @@ STARTED_BY = {
     ".venv/bin/twostage demo": HERE + "test_the_first_command_ends_in_a_comparison",
     "python3 -m venv .venv && .venv/bin/pip install torch==2.13.0 -e '.[test]' && "
     ".venv/bin/pytest": "test_readme.py::test_the_two_commands_set_themselves_up_in_one_line_each",
+    '.venv/bin/pytest -m "not slow"': HERE + "test_the_quick_tests_are_most_of_them",
     "pip install -e '.[bench]'": HERE + "test_the_extras_that_are_named_exist",
     "python tests/kernels/compile_launches.py": "kernels/test_compilation.py::compiled",
     "python benchmarks/augment_throughput.py": "augmentation/test_throughput.py::"
@@ -102,7 +103,7 @@ def commands_in(markdown: str) -> list[str]:
         words = (match["inline"] or "").split()
         # `twostage train` alone names a command; with something behind it, it is to be typed.
         mentioned = len(words) < (3 if words[:1] == ["twostage"] else 2)
-        if not mentioned and re.fullmatch(PROGRAMS, words[0]):
+        if not mentioned and re.fullmatch(PROGRAMS, Path(words[0]).name):
             commands.append(" ".join(words))
     return commands
 
@@ -136,6 +137,21 @@ def test_commands_are_found_wherever_they_stand() -> None:
         *("twostage fetch sst2", "python x.py --a b", "twostage fetch aug"),
         *("pip install this", "new tool"),
     ]
+
+
+@pytest.mark.slow
+def test_the_quick_tests_are_most_of_them() -> None:
+    command = [sys.executable, "-P", "-m", "pytest", "-m", "not slow", "-n", "0"]
+    finished = subprocess.run(
+        [*command, "--collect-only", "-p", "no:cacheprovider"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    quick, collected = re.findall(r"(\d+)/(\d+) tests collected", finished.stdout)[0]
+    assert 0.8 * int(collected) < int(quick) < int(collected)
 
 
 def test_every_documented_command_is_started() -> None:
