@@ -104,12 +104,6 @@ def test_hidden_states_pooler_and_gradients_agree_with_transformers_on_1_to_512_
         if name.endswith("key.bias"):
             continue  # exactly 0: softmax does not change when all scores of a row shift alike
         error = relative_error(ours[f"bert.{name}"], expected)
-        print(
-            name,
-            error,
-            relative_error(theirs[2][name], expected),
-            error / (2 * relative_error(theirs[2][name], expected) + FLOOR),
-        )
         assert error <= 2 * relative_error(theirs[2][name], expected) + FLOOR, name
 
 
