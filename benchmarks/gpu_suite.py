@@ -4,6 +4,9 @@
     python benchmarks/gpu_suite.py --parts stage-2 --output DIR --commit COMMIT
     python benchmarks/gpu_suite.py --rehearse           all of it on a CPU, with tiny shapes
 
+Install first: where there is no network, but all dependencies, by `pip install --no-deps
+--no-build-isolation -e .`.
+
 The parts, in the order in which they run (`--parts` chooses some); with the machine's limits, which
 are measured first, each takes at most nine minutes:
 
@@ -14,7 +17,8 @@ are measured first, each takes at most nine minutes:
 - `tests`: those that run on every device, and the Triton kernels', compiled where they otherwise
   are interpreted.
 - `kernels`: each Triton kernel's error and speed beside torch's own (`kernel_throughput.py`).
-- `stage-1`: throughput of stage 1, ours over an epoch of as many texts as SST-2 has.
+- `stage-1`, if time is left: its throughput at batch 16 and 64, ours over an epoch of as many texts
+  as SST-2 has.
 
 In every part the most telling figures come first. Each case runs in a process of its own: one that
 fails or takes too long is reported, and loses nothing of the others. A row is printed and written
@@ -61,12 +65,14 @@ from workload import SST2_TEXTS
 
 ROOT = Path(__file__).parent.parent
 THROUGHPUT, SEEDS = Path(train_throughput.__file__), Path(several_seeds.__file__)
-SECONDS = {"stage-2": 480.0, "seeds": 400.0, "tests": 450.0, "kernels": 450.0, "stage-1": 420.0}
+SECONDS = {"stage-2": 480.0, "seeds": 400.0, "tests": 450.0, "kernels": 450.0, "stage-1": 200.0}
 """What each part may take, in the order in which they run."""
 LIMITS_SECONDS = 60.0
 """What the machine's limits may take, before the first part."""
 CASE_SECONDS = 120.0
 """What a case of training may take."""
+OPERATION_SECONDS = 150.0
+"""What an operation's kernels may take."""
 SEEDS_SECONDS = 150.0
 """What a case of `seeds` may take."""
 EXPECTED_SECONDS = {"P3 bf16": 100.0, "P0 fp32": 30.0, "graphs, one trunk for all": 80.0}
@@ -82,8 +88,8 @@ TESTS = (
     "tests/training/test_kernels_in_training.py",
     "tests/test_device.py",
     "tests/training/test_masks.py",
-    # By name: a folder would draw the first of them to its own place in the order. Not that of
-    # compilation for sm_80 and sm_90, which learns nothing from a GPU.
+    # One by one: pytest would move attention's, named above, to its folder. Compilation for sm_80
+    # and sm_90 is left out, as it learns nothing from a GPU.
     *(
         f"tests/kernels/test_{name}.py"
         for name in (
@@ -98,7 +104,7 @@ REHEARSED_TESTS = (
 )
 """The others run among the tests anyway."""
 TELLING = ("ours bf16, graphs", "P4 bf16", "P1 bf16")
-"""At every batch size."""
+"""The runs that are timed at every batch size."""
 
 
 @dataclass(frozen=True)
@@ -173,7 +179,8 @@ def main() -> int:
         elif part == "kernels":
             deadline = perf_counter() + seconds
             for job in plan_kernels(options.rehearse):
-                for row in run_kernel_job(job, max(1.0, deadline - perf_counter())):
+                left = min(slack * OPERATION_SECONDS, deadline - perf_counter())
+                for row in run_kernel_job(job, max(1.0, left)):
                     keep(row, kernels=[*record.get("kernels", []), row])
         elif part == "seeds":
             jobs = plan_seeds(options.rehearse)
@@ -213,12 +220,12 @@ def plan_stage(stage: int, rehearse: bool) -> list[dict[str, Any]]:
         return make_jobs(runs, (stage,), (batch_size,), num_texts, **common)
 
     jobs = at(16, *TELLING, "ours bf16, Triton")
-    if stage == 2:
-        jobs.append(jobs[0] | {"profile": True, "steps": 10})
+    if stage == 1:
+        return jobs + at(64, *TELLING)
+    jobs.append(jobs[0] | {"profile": True, "steps": 10})
     jobs += at(16, "ours bf16", "P2 bf16") + at(512, *TELLING) + at(64, *TELLING)
-    jobs += at(16, "P6 bf16", "P0 fp32", "P0 tf32")
-    # Compiles for longer than the others take, and in stage 1 tells nothing new.
-    return jobs + (at(16, "P3 bf16") if stage == 2 else [])
+    # The last compiles for longer than the others take.
+    return jobs + at(16, "P6 bf16", "P0 fp32", "P0 tf32", "P3 bf16")
 
 
 def plan_seeds(rehearse: bool) -> list[dict[str, Any]]:
@@ -247,7 +254,8 @@ def make_plan(parts: Sequence[str], rehearse: bool) -> list[PlannedCase]:
             cases.append(PlannedCase(part, "pytest", 300.0, limit))
         elif part == "kernels":
             jobs = plan_kernels(rehearse)
-            cases += [PlannedCase(part, job["operation"], 60.0, limit) for job in jobs]
+            names = [job["operation"] for job in jobs]
+            cases += [PlannedCase(part, name, 60.0, OPERATION_SECONDS) for name in names]
         else:
             is_seeds = part == "seeds"
             jobs = plan_seeds(rehearse) if is_seeds else plan_stage(int(part[-1]), rehearse)
@@ -282,7 +290,8 @@ def describe_plan(cases: Sequence[PlannedCase]) -> str:
 def run_tests(rehearse: bool, seconds: float) -> dict[str, Any]:
     """pytest's exit code (None: out of time), what failed, and the end of what it printed."""
     # Warnings are errors where the versions are ours; a GPU comes with versions of its own.
-    command = [sys.executable, "-W", "default", "-m", "pytest", "-W", "default"]
+    # -P: the root, with its folder `kernels`, is to be on no path (`kernels` is another package).
+    command = [sys.executable, "-P", "-W", "default", "-m", "pytest", "-W", "default"]
     command += ["-o", "addopts=--import-mode=importlib", "-p", "no:cacheprovider"]
     command += ["-rsfE", "-v", "--tb=short"]
     if find_spec("xdist") is not None and not rehearse:
@@ -300,6 +309,8 @@ def run_tests(rehearse: bool, seconds: float) -> dict[str, Any]:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # Behind an `&` of a script's shell it would be ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         exit_code: int | None = None
         try:
@@ -307,7 +318,7 @@ def run_tests(rehearse: bool, seconds: float) -> dict[str, Any]:
         except subprocess.TimeoutExpired:
             process.send_signal(signal.SIGINT)  # upon which pytest tells what has failed
             with suppress(subprocess.TimeoutExpired):
-                process.wait(15)
+                process.wait(30)
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)  # its workers, too

@@ -163,8 +163,8 @@ def main() -> None:
 def plan(
     savings: Sequence[str], model: str, data: str, sizes: Sequence[int], num_texts: int
 ) -> list[dict[str, Any]]:
-    """For each stage that some of these savings serve, and each batch size: as it is, then without
-    each of them."""
+    """The cases of each stage that some of these savings serve, at each batch size: as it is, then
+    without each of them."""
     cases = []
     for stage_number in (2, 1):
         names = [name for name in savings if stage_number in SAVINGS[name][1]]

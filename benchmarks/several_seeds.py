@@ -159,7 +159,7 @@ def count_test_texts(num_train: int) -> int:
 def describe_seeds(rows: list[dict[str, Any]]) -> str:
     """The table, in Markdown."""
     speeds = {row["run"]: row["examples_per_second"] for row in rows if "error" not in row}
-    reference = speeds.get(CPU_RUNS[0])
+    reference = next((speeds[run] for run in CPU_RUNS if run in speeds), None)
     lines = []
     for row in rows:
         if "error" in row:

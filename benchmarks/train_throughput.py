@@ -534,7 +534,10 @@ def describe(record: dict[str, Any]) -> str:
     ]
     batch_sizes = dict.fromkeys(row["batch_size"] for row in rows)
     parts += filter(None, (describe_both_stages(speeds, size) for size in batch_sizes))
-    parts += [describe_profile(row) for row in record["rows"] if row.get("profile")]
+    for row in record["rows"]:
+        if row.get("profile"):
+            same = [r for r in rows if "error" not in r and case_of(r) == case_of(row)]
+            parts.append(describe_profile(row, same[0]["step_ms_p20_p50_p80"][1] if same else None))
     return "\n\n".join(parts)
 
 
@@ -575,7 +578,12 @@ def share(part: float, whole: float | None) -> str:
     return f"{part / whole:.1%}" if whole else ""
 
 
-def describe_profile(row: dict[str, Any]) -> str:
+def case_of(row: dict[str, Any]) -> tuple[str, int, int]:
+    return row["run"], row["stage"], row["batch_size"]
+
+
+def describe_profile(row: dict[str, Any], step_ms: float | None = None) -> str:
+    """The operations of a step. step_ms: what the same step takes where no profiler slows it."""
     title = f"Where a step goes: {row['run']}, stage {row['stage']}, batch {row['batch_size']}"
     if "error" in row:
         return f"{title}: failed: {row['error']}"
@@ -583,10 +591,10 @@ def describe_profile(row: dict[str, Any]) -> str:
         [f"`{p['operation']}`", f"{p['share']:.1%}", p["ms_per_step"], p["calls_per_step"]]
         for p in row["profile"]
     ]
-    busy, step = row["operations_ms_per_step"], row["mean_step_ms"]
+    busy, step = row["operations_ms_per_step"], step_ms or row["mean_step_ms"]
     in_all = (
-        f"{row['operations_per_step']:.0f} operations a step, {busy:.3g} ms of {step:.3g}; "
-        f"gaps between them: {step - busy:.3g} ms"
+        f"{row['operations_per_step']:.0f} operations a step, {busy:.3g} ms of {step:.3g} "
+        f"({'median without' if step_ms else 'with'} the profiler); gaps: {step - busy:.3g} ms"
     )
     table = markdown_table(["operation", "share", "ms", "calls"], cells)
     return f"{title}\n\n{in_all}\n\n{table}"

@@ -1,6 +1,7 @@
 """The benchmarks measure what they say: the same training on all sides, honest counts."""
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -420,7 +421,7 @@ def test_the_gpu_suite_rehearses_on_a_cpu(tmp_path: Path) -> None:
     assert all(row["close"] for row in record["kernels"])
     markdown = json_path.with_suffix(".md").read_text()
     assert markdown.count("| P4 bf16 |") == 1
-    assert "gaps between them" in markdown
+    assert "; gaps: " in markdown
     (seeds,) = record["seeds"]
     assert seeds["examples_per_second"] > 0
     assert "Seeds of both stages" in markdown
@@ -485,9 +486,13 @@ def test_the_gpu_suites_tests_tell_what_failed_when_time_is_up(
         "def test_hangs(): time.sleep(600)\n"
     )
     monkeypatch.setattr(gpu_suite, "REHEARSED_TESTS", (str(slow),))
-    result = gpu_suite.run_tests(rehearse=True, seconds=10.0)
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a script's shell does before an `&`
+    try:
+        result = gpu_suite.run_tests(rehearse=True, seconds=10.0)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert result["exit_code"] is None
-    assert result["seconds"] < 30
+    assert result["seconds"] < 60
     assert len(result["failed"]) == 1
     assert "test_fails" in result["failed"][0]
     assert "test_warns PASSED" in result["output"]
