@@ -17,7 +17,7 @@ from torch import Tensor
 from twostage.model.checkpoint import Checkpoint
 
 FACTOR = 4.0
-"""A step rounds many times, and three runs may miss the worst."""
+"""Two, as both runs that are compared are off; and two, as three runs may miss the worst."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Spread:
     """Allowed differences, relative."""
 
     steps: list[Tensor]
-    """For each thing that a run tells of its steps, of each step."""
+    """One tensor for each measured number, with an entry for each step."""
 
     def check(self, ours: list[Tensor], theirs: list[Tensor]) -> None:
         """Each step's numbers are as near to each other as the spread allows."""
