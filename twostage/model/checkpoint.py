@@ -133,8 +133,8 @@ def read_config(path: Path) -> tuple[BertConfig, dict[str, Any]]:
 def from_stored(stored: Mapping[str, Tensor], config: BertConfig, source: str) -> dict[str, Tensor]:
     """Stored tensors to our names, in fp32, copied to memory of our own.
 
-    (In the file they begin at any multiple of 8 bytes; torch aligns its memory to 64, and a matrix
-    product may differ in the last bit between the two.)
+    (In the file they begin at any multiple of 8 bytes; torch aligns its memory to 64, and a product
+    with one row may differ in the last bit between the two.)
 
     Warns of a missing pooler, which is left out (`build_model` then initialises it), of tensors
     that have no place here and of weights that are not finite.

@@ -10,8 +10,8 @@ them so. fp16 needs its loss scaled besides (`loss_scale.py`).
 
 Masters, gradients and the copy's rounded weights each lie end to end in one buffer, of which the
 parameters are views: the optimizer passes over the buffers, not over two hundred parameters. Each
-parameter begins at a multiple of 64 bytes, with zeros between it and the one before: a matrix
-product chooses its kernel by address too, and on some CPUs its last bit with it.
+parameter begins at a multiple of 64 bytes, with zeros between it and the one before: on some CPUs
+the last bit of a product with one row, as in a batch of one text, depends on the weight's address.
 
 The copy may hold fewer word embeddings than the model. Without weight decay, AdamW never moves a
 row that has no gradient (its moments stay 0), so a stage need only train the rows of tokens that
