@@ -305,8 +305,8 @@ def train_with_trainer(
 def choose_tf32(tuned: bool, compiled_by: str | None, device: torch.device) -> bool | None:
     """`tf32` of the Trainer; None: as it is.
 
-    Compiled, in bf16, the Trainer turns TF32 on unless it is told False; None does not do. It sets
-    torch's new switch alone, and then torch refuses to read the old one, as inductor of some
+    Compiled, in bf16, the Trainer turns TF32 on unless it is told False; None is not enough. It
+    sets torch's new switch alone, and then torch refuses to read the old one, as inductor of some
     versions does. Nothing is lost by False: under bf16 autocast there is no fp32 product.
     """
     if not tuned or device.type == "cpu":

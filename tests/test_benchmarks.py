@@ -426,7 +426,7 @@ def test_the_gpu_suite_rehearses_on_a_cpu(tmp_path: Path) -> None:
     assert seeds["examples_per_second"] > 0
     assert "Seeds of both stages" in markdown
 
-    # The plan and where the results go are told first, then each row as it comes, in order.
+    # The suite prints where the results go and the plan, then every row in the order of the plan.
     lines = finished.stdout.splitlines()
     assert lines[0].startswith(f"results: {tmp_path}/gpu_suite-rehearsal-")
     rows = [json.loads(line) for line in lines if line.startswith("{")]
