@@ -230,7 +230,7 @@ def test_every_flag_of_train_reaches_the_recipe(monkeypatch: pytest.MonkeyPatch)
         return Path("found") / name
 
     monkeypatch.setattr("twostage.experiment.run_experiment", run_experiment)
-    monkeypatch.setattr("twostage.experiment.read_data", lambda *given: given)
+    monkeypatch.setattr("twostage.experiment.read_data", lambda *given, **named: (*given, named))
     monkeypatch.setattr("twostage.assets.hub.find_model", find_model)
     monkeypatch.setattr("torch.set_num_threads", lambda n: seen.update(threads=n))
     monkeypatch.setattr("twostage.memory.keep_freed_memory", lambda: seen.update(memory="kept"))
@@ -244,7 +244,7 @@ def test_every_flag_of_train_reaches_the_recipe(monkeypatch: pytest.MonkeyPatch)
         "--lr-stage-1 0.1 --lr-stage-2 0.2 --stage-1-layers 2 --loss ldam --class-weights inverse "
         "--ldam-s 3 --ldam-max-m 0.4 --sampler class-balanced --precision bf16 --device cpu "
         "--kernels torch --upstream-schedule --cache-trunk --save-models --threads 2 "
-        "--encoding cp1252"
+        "--encoding cp1252 --delimiter tab --quoting none --text-column T --label-column L"
     )
     assert main(["train", *flags.split()]) == 0
     assert seen["recipe"] == Recipe(
@@ -269,7 +269,17 @@ def test_every_flag_of_train_reaches_the_recipe(monkeypatch: pytest.MonkeyPatch)
         cache_trunk=True,
     )
     assert (seen["model"], seen["save_models"], seen["threads"]) == (Path("found/M"), True, 2)
-    assert seen["data"] == (Path("D"), seen["recipe"], "cp1252")
+    assert seen["data"] == (
+        Path("D"),
+        seen["recipe"],
+        {
+            "encoding": "cp1252",
+            "delimiter": "tab",
+            "quoting": "none",
+            "text_column": "T",
+            "label_column": "L",
+        },
+    )
 
 
 def test_results_of_an_earlier_run_are_kept_aside(tiny: Path, data: Path, tmp_path: Path) -> None:

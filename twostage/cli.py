@@ -16,9 +16,11 @@ from types import FrameType
 from typing import TYPE_CHECKING, TextIO
 
 from .errors import TwoStageError, TwoStageWarning, UsageError
+from .printing import visible
 
 if TYPE_CHECKING:
     from .augmentation.openai_client import ApiKey
+    from .data.tables import TableOptions
 
 
 class _Terminated(KeyboardInterrupt):
@@ -49,10 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             options.run(options)
         return 0
     except TwoStageError as error:
-        print(f"twostage: error: {error}", file=sys.stderr)
+        print(f"twostage: error: {visible(str(error))}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt as interrupt:
-        print(f"\ntwostage: {str(interrupt) or 'stopped'}", file=sys.stderr)
+        print(f"\ntwostage: {visible(str(interrupt) or 'stopped')}", file=sys.stderr)
         return 143 if isinstance(interrupt, _Terminated) else 130
     except BrokenPipeError:  # whoever read our output has gone; nothing more can be said there
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -72,7 +74,7 @@ def _show_warning(
 ) -> None:
     """Ours as a sentence; the place in the code helps only with other people's."""
     if issubclass(category, TwoStageWarning):
-        print(f"twostage: note: {message}", file=sys.stderr)
+        print(f"twostage: note: {visible(str(message))}", file=sys.stderr)
     else:
         print(warnings.formatwarning(message, category, filename, lineno), file=sys.stderr, end="")
 
@@ -164,6 +166,7 @@ def _add_downsample(commands: "_Commands[argparse.ArgumentParser]") -> None:
         "-i",
         "--input-path",
         "holds train.tsv and dev.tsv, each with the columns sentence and label (0 or 1)",
+        "--inpu-path",  # as published
     )
     _add_folder(parser, "-o", "--output-path", "gets RATE/train.csv and RATE/test.csv")
     parser.add_argument(
@@ -174,7 +177,7 @@ def _add_downsample(commands: "_Commands[argparse.ArgumentParser]") -> None:
         help="negatives to keep for each positive",
     )
     parser.add_argument("--seed", type=int, default=42, help="of the draws; published: 42")
-    _add_encoding(parser)
+    _add_table_options(parser)
     parser.set_defaults(run=_downsample)
 
 
@@ -228,7 +231,7 @@ def _add_augment(commands: "_Commands[argparse.ArgumentParser]") -> None:
         help="dollars a million tokens of prompts and answers (default: a table)",
     )
     add("--dry-run", action="store_true", help="print calls, tokens, cost and time; call nobody")
-    _add_encoding(parser)
+    _add_table_options(parser)
     parser.set_defaults(run=_augment)
 
 
@@ -244,7 +247,8 @@ def _add_train(commands: "_Commands[argparse.ArgumentParser]") -> None:
         parser,
         "-d",
         "--data-path",
-        "holds train.csv and test.csv (columns text, label); aug.csv for --method augment",
+        "holds train.csv and test.csv or dev.csv (columns text, label), or .tsv or .jsonl of that "
+        "name; aug.csv for --method augment",
     )
     _add_folder(parser, "-o", "--output-path", "gets the results")
     add("--method", default="reweight", help="reweight, augment or vanilla")
@@ -275,7 +279,7 @@ def _add_train(commands: "_Commands[argparse.ArgumentParser]") -> None:
     _add_machine(parser)
     add("--kernels", default="auto", help="auto (at present torch), torch, or triton (CUDA GPUs)")
     add("--graphs", action="store_true", help="whole steps as CUDA graphs; with --kernels triton")
-    _add_encoding(parser)
+    _add_table_options(parser)
     add("--save-models", action="store_true", help="keep each seed's model in seed-N/")
     add(
         "--upstream-schedule",
@@ -319,8 +323,16 @@ def _add_evaluate(commands: "_Commands[argparse.ArgumentParser]") -> None:
         metavar="FILE",
         help="CSV or TSV with the columns text and label",
     )
+    parser.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="gets each class's scores as CSV (default, for more than 20 classes: scores-NAME.csv "
+        "in the model's folder)",
+    )
     _add_machine(parser)
-    _add_encoding(parser)
+    _add_table_options(parser)
     parser.set_defaults(run=_evaluate)
 
 
@@ -332,14 +344,38 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _add_folder(parser: argparse.ArgumentParser, short: str, long: str, text: str) -> None:
-    parser.add_argument(short, long, type=Path, required=True, metavar="DIR", help=text)
+def _add_folder(
+    parser: argparse.ArgumentParser, short: str, long: str, text: str, *synonyms: str
+) -> None:
+    parser.add_argument(short, long, *synonyms, type=Path, required=True, metavar="DIR", help=text)
 
 
-def _add_encoding(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--encoding", default="utf-8", metavar="NAME", help="of the tables, such as cp1252"
+def _add_table_options(parser: argparse.ArgumentParser) -> None:
+    """What a table does not say of itself; `_table_options` collects it."""
+    group = parser.add_argument_group(
+        "tables", "CSV, TSV or JSONL; how they are written is found out where it is not given"
     )
+    add = group.add_argument
+    add("--text-column", metavar="NAME", help="column of the texts (default: text or sentence)")
+    add("--label-column", metavar="NAME", help="column of the labels (default: label)")
+    add("--delimiter", metavar="CHAR", help="between fields: one character, or tab")
+    add(
+        "--quoting",
+        metavar="HOW",
+        help="standard: quotes enclose fields; none: they belong to the text; single: apostrophes "
+        "enclose; escaped: a backslash escapes; spaced: white space behind a delimiter is dropped",
+    )
+    add("--encoding", default="utf-8", metavar="NAME", help="such as cp1252")
+
+
+def _table_options(options: argparse.Namespace) -> "TableOptions":
+    return {
+        "encoding": options.encoding,
+        "delimiter": options.delimiter,
+        "quoting": options.quoting,
+        "text_column": options.text_column,
+        "label_column": options.label_column,
+    }
 
 
 def _demo(options: argparse.Namespace) -> None:
@@ -370,9 +406,14 @@ def _fetch(options: argparse.Namespace) -> None:
 def _downsample(options: argparse.Namespace) -> None:
     from .data.downsampling import downsample_folder
 
-    for folder, positives, negatives in downsample_folder(
-        options.input_path, options.output_path, options.rates, options.seed, options.encoding
-    ):
+    written = downsample_folder(
+        options.input_path,
+        options.output_path,
+        options.rates,
+        options.seed,
+        **_table_options(options),
+    )
+    for folder, positives, negatives in written:
         print(f"{folder}: {positives} positive, {negatives} negative")
 
 
@@ -386,7 +427,7 @@ def _augment(options: argparse.Namespace) -> None:
     if options.offline:
         if options.dry_run or options.batch:
             raise UsageError("--offline calls nobody; leave --dry-run and --batch out")
-        edit_folder(options.data_path, EditSettings(options.seed), encoding=options.encoding)
+        edit_folder(options.data_path, EditSettings(options.seed), **_table_options(options))
         return
     if options.price and len(options.price) != 2:
         raise UsageError(f"--price has {len(options.price)} numbers; expected IN,OUT")
@@ -409,10 +450,11 @@ def _augment(options: argparse.Namespace) -> None:
         budget=options.budget,
     )
     if options.dry_run:
-        print(estimate_folder(options.data_path, settings, server, encoding=options.encoding))
+        tables = _table_options(options)
+        print(estimate_folder(options.data_path, settings, server, **tables))
         return
     augment_folder(
-        options.data_path, settings, server, encoding=options.encoding, show_progress=True
+        options.data_path, settings, server, show_progress=True, **_table_options(options)
     )
 
 
@@ -480,7 +522,7 @@ def _train(options: argparse.Namespace) -> None:
     # What the settings and the data have wrong is said before a model is downloaded.
     device = choose_device(recipe.device)
     check_kernels(recipe.kernels, recipe.graphs, recipe.precision, device)
-    data = read_data(options.data_path, recipe, options.encoding)
+    data = read_data(options.data_path, recipe, **_table_options(options))
     result = run_experiment(
         find_model(options.model, show_progress=True),
         data,
@@ -495,8 +537,8 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from .experiment import evaluate_file
-    from .report import format_evaluation
+    from .experiment import evaluate_file, write_scores
+    from .report import SHOWN_CLASSES, format_evaluation
 
     _prepare_process(options.threads)
     metrics, info = evaluate_file(
@@ -504,10 +546,16 @@ def _evaluate(options: argparse.Namespace) -> None:
         options.data,
         device=options.device,
         precision=options.precision,
-        encoding=options.encoding,
         show_progress=True,
+        **_table_options(options),
     )
     print(format_evaluation(metrics, info.class_names, info.class_counts_C))
+    output = options.output
+    if output is None and len(info.class_names) > SHOWN_CLASSES:
+        output = options.model / f"scores-{options.data.stem}.csv"
+    if output is not None:
+        write_scores(output, metrics, info.class_names)
+        print(f"\nall {len(info.class_names):,} classes: {visible(str(output))}")
 
 
 def _prepare_process(threads: int | None = None) -> None:

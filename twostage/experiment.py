@@ -6,6 +6,7 @@ nothing that was finished:
     results.csv    an index column, then Seed, F1 and F1_c for each class c; one row a seed
     ave_sst.csv    the means of these columns
     metrics.json   every score, class by class; means and deviations; times, settings, versions
+    confusion.csv  instead of the matrix in metrics.json, for more than 50 classes
     log.csv        loss, gradient norm, learning rate and speed during training
     seed-7/ …      the trained models, if asked for
 
@@ -13,21 +14,28 @@ What an earlier run left in the same folder is kept once, as `results.csv.previo
 """
 
 import csv
-import json
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import astuple, fields
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import NamedTuple, TextIO, Unpack
 
-from .data.tables import Classes, Table, find_classes, read_table, write_table
+from .data.classes import Classes, find_classes
+from .data.tables import Table, TableOptions, find_table, read_table, write_table
 from .data.tokenization import load_tokenizer, tokenize
 from .errors import DataError, writing_to
-from .files import replacing
+from .files import write_json
 from .model.bert import BertClassifier
 from .recipe import Recipe
-from .report import describe_last_seed, describe_result, describe_run
+from .report import (
+    MANY_CLASSES,
+    confusion_cells,
+    describe_last_seed,
+    describe_result,
+    describe_run,
+    scores_by_class,
+)
 from .saved_model import ModelInfo, load_model, save_model
 from .training.evaluation import predict_logits
 from .training.metrics import Metrics, compute_metrics
@@ -35,7 +43,7 @@ from .training.precision import choose_device, choose_precision
 from .training.stage import StepReport
 from .two_stage import Result, train_two_stage
 
-RESULT_FILES = ("results.csv", "ave_sst.csv", "metrics.json", "log.csv")
+RESULT_FILES = ("results.csv", "ave_sst.csv", "metrics.json", "confusion.csv", "log.csv")
 
 
 class ExperimentData(NamedTuple):
@@ -100,11 +108,14 @@ def evaluate_file(
     *,
     device: str = "auto",
     precision: str = "auto",
-    encoding: str = "utf-8",
     show_progress: bool = False,
+    **options: Unpack[TableOptions],
 ) -> tuple[Metrics, ModelInfo]:
-    """Scores of a saved classifier on a table of labelled texts; texts are cut as in training."""
-    table = read_table(data, encoding)
+    """Scores of a saved classifier on a table of labelled texts; texts are cut as in training.
+
+    options: of the table
+    """
+    table = read_table(data, **options)
     dtype = choose_precision(precision, choose_device(device))
     classifier, tokenizer, info = load_model(model)
     labels_N = Classes(info.class_names, f"the training data of '{model}'").encode(table)
@@ -114,41 +125,50 @@ def evaluate_file(
     return compute_metrics(labels_N, logits_NC.numpy()), info
 
 
+def write_scores(path: Path, metrics: Metrics, names: Sequence[str]) -> None:
+    """A table of each class's scores. Raises UsageError when it cannot be written."""
+    rows = [
+        {"class": c, **of_class}
+        for c, of_class in zip(names, scores_by_class(metrics), strict=True)
+    ]
+    write_table(path, list(rows[0]), [list(row.values()) for row in rows])
+
+
 def write_results(
     result: Result, recipe: Recipe, model: Path, data: ExperimentData, folder: Path
 ) -> None:
-    """`results.csv`, `ave_sst.csv` and `metrics.json` of the seeds so far."""
+    """`results.csv`, `ave_sst.csv`, `metrics.json` and `confusion.csv` of the seeds so far."""
     header = ["", "Seed", "F1", *(f"F1_{c}" for c in range(len(result.classes)))]
     rows = [[s.seed, s.metrics.micro_f1, *s.metrics.f1_C.tolist()] for s in result.seeds]
     write_table(folder / "results.csv", header, [[i, *row] for i, row in enumerate(rows)])
     means = [sum(column) / len(rows) for column in zip(*rows, strict=True)]
     write_table(folder / "ave_sst.csv", header, [[0, *means]])
-    with replacing(folder / "metrics.json") as file:
-        inputs = {"model": str(model), "train": data.train.source, "test": data.test.source}
-        if data.augmented:
-            inputs["augmented"] = data.augmented.source
-        json.dump(describe_result(result, recipe, inputs), file, indent=2)
-        file.write("\n")
+    inputs = {"model": str(model), "train": data.train.source, "test": data.test.source}
+    if data.augmented:
+        inputs["augmented"] = data.augmented.source
+    write_json(folder / "metrics.json", describe_result(result, recipe, inputs))
+    if len(result.classes) > MANY_CLASSES:
+        cells = ((s.seed, *cell) for s in result.seeds for cell in confusion_cells(s.metrics))
+        header = ["Seed", "true", "predicted", "texts"]
+        write_table(folder / "confusion.csv", header, cells)
 
 
-def read_data(data_path: Path, recipe: Recipe, encoding: str = "utf-8") -> ExperimentData:
+def read_data(data_path: Path, recipe: Recipe, **options: Unpack[TableOptions]) -> ExperimentData:
     """The tables of a data folder; `aug.csv` only where the recipe needs it.
 
-    Raises DataError, also for a label that no training row has.
+    options: of the tables. Raises DataError, also for a label that no training row has.
     """
     if not data_path.is_dir():
         raise DataError(
             f"there is no data folder '{data_path}'; it should hold train.csv, test.csv"
         )
-    train, test = (read_table(data_path / name, encoding) for name in ("train.csv", "test.csv"))
+    paths = [find_table(data_path, "train"), find_table(data_path, "test", "dev")]
+    train, test = (read_table(path, **options) for path in paths)
     classes = find_classes(train)
     classes.encode(test)
     if not recipe.needs_augmented:
         return ExperimentData(train, test)
-    path = data_path / "aug.csv"
-    if not path.is_file():
-        raise DataError(f"method 'augment' reads '{path}', which does not exist")
-    augmented = read_table(path, encoding)
+    augmented = read_table(find_table(data_path, "aug", who="method 'augment'"), **options)
     classes.encode(augmented)
     return ExperimentData(train, test, augmented)
 

@@ -1,10 +1,11 @@
 """Writing files so that a reader meets all of what was written, or none."""
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 from .errors import writing_to
 
@@ -27,6 +28,26 @@ def replacing(path: Path) -> Iterator[TextIO]:
             partial.replace(path)
         finally:
             partial.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value: object) -> None:
+    """A JSON file, indented, with lists and objects of plain values on one line each.
+
+    Raises UsageError when it cannot be written.
+    """
+    with replacing(path) as file:
+        file.write(_format_json(value) + "\n")
+
+
+def _format_json(value: Any, indent: str = "\n") -> str:
+    parts = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, (dict, list)) or not any(isinstance(p, (dict, list)) for p in parts):
+        return json.dumps(value)
+    deeper = indent + "  "
+    if isinstance(value, list):
+        return f"[{deeper}{f',{deeper}'.join(_format_json(p, deeper) for p in value)}{indent}]"
+    items = (f"{json.dumps(str(k))}: {_format_json(p, deeper)}" for k, p in value.items())
+    return f"{{{deeper}{f',{deeper}'.join(items)}{indent}}}"
 
 
 def append(descriptor: int, data: bytes) -> int:

@@ -34,10 +34,12 @@ def progress_bar(
         return
     from tqdm import tqdm
 
+    from .printing import visible
+
     # `disable=None`: tqdm's own test for a terminal
     with tqdm(
         total=total,
-        desc=description,
+        desc=visible(description),
         unit=unit,
         unit_scale=unit == "B",
         initial=initial,

@@ -102,6 +102,10 @@ class Recipe:
             raise UsageError(
                 f"seeds are {self.seeds!r}; expected a tuple of one or more whole numbers from 0"
             )
+        if len(set(seeds)) < len(seeds):
+            raise UsageError(
+                f"seeds are {', '.join(map(str, seeds))}; a seed given twice is the same run twice"
+            )
 
     @property
     def has_stage_1(self) -> bool:

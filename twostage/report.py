@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from .data.tables import Table, find_classes
-from .printing import format_table
+from .data.classes import find_classes
+from .data.tables import Table
+from .printing import format_table, quoted
 from .recipe import Recipe
 from .training.metrics import Metrics
 from .training.precision import PRECISIONS, choose_device, choose_precision
@@ -30,6 +31,10 @@ SUMMARY = {
     "micro_f1": "micro-F1*",
 }
 """Scores of a whole data set: name in `metrics.json`, heading in a table."""
+MANY_CLASSES = 50
+"""Beyond them, the confusion matrix has a file of its own and scores of a class have six digits."""
+SHOWN_CLASSES = 20
+"""Classes that a table for people has."""
 COMPARED = ("tail_f1", "tail_average_precision", "macro_f1", "mcc", "micro_f1")
 """Those of SUMMARY that stand side by side for several seeds or runs, as far as a line is wide."""
 
@@ -38,7 +43,7 @@ def describe_run(train: Table, test: Table, augmented: Table | None, recipe: Rec
     """One line on what is about to happen."""
     classes = find_classes(train)
     counts = np.bincount(classes.encode(train)).tolist()
-    shown = ", ".join(f"'{c}': {n}" for c, n in zip(classes.names, counts, strict=True))
+    shown = ", ".join(f"{quoted(c)}: {n}" for c, n in zip(classes.names, counts, strict=True))
     rows = f"{len(train)} training rows ({shown})" if len(classes) <= 8 else f"{len(train)} rows"
     rows += f", {len(augmented)} augmented" if augmented else ""
     stages = f"{recipe.epochs_stage_1 if recipe.has_stage_1 else 0} + {recipe.epochs_stage_2}"
@@ -63,7 +68,7 @@ def describe_last_seed(result: Result) -> str:
     outcome = result.seeds[-1]
     tail = result.tail_class
     return (
-        f"seed {outcome.seed}: F1 of tail class '{result.classes.names[tail]}' "
+        f"seed {outcome.seed}: F1 of tail class {quoted(result.classes.names[tail])} "
         f"{outcome.metrics.f1_C[tail]:.3f}, macro-F1 {outcome.metrics.macro_f1:.3f}, "
         f"micro-F1 {outcome.metrics.micro_f1:.3f} ({outcome.seconds:.0f} s)"
     )
@@ -85,8 +90,11 @@ def format_results(result: Result) -> str:
 def score_columns(result: Result) -> list[str]:
     """Headings of the columns that `scores` fills."""
     names = result.classes.names
-    head = [f"tail F1 ('{names[result.tail_class]}')", *(SUMMARY[name] for name in COMPARED[1:])]
-    return head + [f"F1 '{names[c]}'" for c in _other_classes(result)]
+    head = [
+        f"tail F1 ({quoted(names[result.tail_class])})",
+        *(SUMMARY[name] for name in COMPARED[1:]),
+    ]
+    return head + [f"F1 {quoted(names[c])}" for c in _other_classes(result)]
 
 
 def scores(result: Result) -> list[list[float]]:
@@ -115,20 +123,33 @@ def explain_micro_f1(names: Sequence[str], class_counts_C: Sequence[int]) -> str
     """The note to the starred column; class_counts_C: training rows of each class."""
     tail = int(np.argmin(class_counts_C))
     return (
-        f"* micro-F1 is the accuracy; class '{names[tail]}' has {class_counts_C[tail]} of "
+        f"* micro-F1 is the accuracy; class {quoted(names[tail])} has {class_counts_C[tail]} of "
         f"{sum(class_counts_C)} training rows, so judge by its F1 and by macro-F1."
     )
 
 
 def format_evaluation(metrics: Metrics, names: Sequence[str], class_counts_C: Sequence[int]) -> str:
-    """Scores of one model on one data set: each class, all together, the confusion matrix."""
+    """Scores of one model on one data set: each class, all together, the confusion matrix.
+
+    Of many classes, those SHOWN_CLASSES that occur and have the lowest F1.
+    """
     tail = int(np.argmin(class_counts_C))
     per_class: list[list[object]] = [
-        [f"'{name}'" + " (tail)" * (c == tail), *scores_of_class.values()]
-        for c, (name, scores_of_class) in enumerate(zip(names, _per_class(metrics), strict=True))
+        [quoted(name) + " (tail)" * (c == tail), *scores_of_class.values()]
+        for c, (name, scores_of_class) in enumerate(
+            zip(names, scores_by_class(metrics), strict=True)
+        )
     ]
     summary = summarize(metrics, tail)
-    parts = [
+    parts = []
+    if len(names) > SHOWN_CLASSES:
+        worst_C = np.lexsort((-metrics.support_C, metrics.f1_C, metrics.support_C == 0))
+        per_class = [per_class[c] for c in worst_C[:SHOWN_CLASSES]]
+        parts.append(
+            f"The {SHOWN_CLASSES} classes with the lowest F1, of {len(names):,} "
+            f"({np.count_nonzero(metrics.support_C):,} of which occur in these texts):"
+        )
+    parts += [
         format_table(["class", "precision", "recall", "F1", "AP", "rows"], per_class),
         format_table(["", *SUMMARY.values()], [["all", *summary.values()]]),
     ]
@@ -143,9 +164,10 @@ def format_evaluation(metrics: Metrics, names: Sequence[str], class_counts_C: Se
 def format_confusion(title: str, confusion_CC: np.ndarray, names: Sequence[str]) -> str:
     """A confusion matrix with the names of its rows and columns."""
     rows: list[list[object]] = [
-        [f"true '{name}'", *row] for name, row in zip(names, confusion_CC.tolist(), strict=True)
+        [f"true {quoted(name)}", *row]
+        for name, row in zip(names, confusion_CC.tolist(), strict=True)
     ]
-    return format_table([title, *(f"predicted '{name}'" for name in names)], rows)
+    return format_table([title, *(f"predicted {quoted(name)}" for name in names)], rows)
 
 
 def describe_result(result: Result, recipe: Recipe, inputs: dict[str, str]) -> dict[str, Any]:
@@ -153,7 +175,7 @@ def describe_result(result: Result, recipe: Recipe, inputs: dict[str, str]) -> d
 
     inputs: paths of the model and the tables.
     """
-    names, tail = result.classes.names, result.tail_class
+    names, tail, many = result.classes.names, result.tail_class, len(result.classes) > MANY_CLASSES
     summaries = [summarize(s.metrics, tail) for s in result.seeds]
     columns = {name: [summary[name] for summary in summaries] for name in SUMMARY}
     return {
@@ -173,9 +195,9 @@ def describe_result(result: Result, recipe: Recipe, inputs: dict[str, str]) -> d
                 **summary,
                 "per_class": [
                     {"class": name, **scores_of_class}
-                    for name, scores_of_class in zip(names, _per_class(s.metrics), strict=True)
+                    for name, scores_of_class in zip(names, scores_by_class(s.metrics), strict=True)
                 ],
-                "confusion": s.metrics.confusion_CC.tolist(),
+                **({} if many else {"confusion": s.metrics.confusion_CC.tolist()}),
                 "seconds": {
                     "stage_1": s.seconds_stage_1,
                     "stage_2": s.seconds_stage_2,
@@ -210,13 +232,21 @@ def describe_versions() -> dict[str, str]:
     return {"python": platform.python_version()} | {name: version(name) for name in PACKAGES}
 
 
-def _per_class(metrics: Metrics) -> list[dict[str, float]]:
+def confusion_cells(metrics: Metrics) -> list[tuple[int, int, int]]:
+    """(true class, predicted class, texts) of each cell of the confusion matrix that is not 0."""
+    true, predicted = np.nonzero(metrics.confusion_CC)
+    counts = metrics.confusion_CC[true, predicted]
+    return list(zip(true.tolist(), predicted.tolist(), counts.tolist(), strict=True))
+
+
+def scores_by_class(metrics: Metrics) -> list[dict[str, float]]:
     """The scores of each class under their names in `metrics.json`."""
+    num_digits = 6 if len(metrics.f1_C) > MANY_CLASSES else 17
     columns: dict[str, list[float]] = {
-        "precision": metrics.precision_C.tolist(),
-        "recall": metrics.recall_C.tolist(),
-        "f1": metrics.f1_C.tolist(),
-        "average_precision": metrics.average_precision_C.tolist(),
+        "precision": metrics.precision_C.round(num_digits).tolist(),
+        "recall": metrics.recall_C.round(num_digits).tolist(),
+        "f1": metrics.f1_C.round(num_digits).tolist(),
+        "average_precision": metrics.average_precision_C.round(num_digits).tolist(),
         "support": metrics.support_C.tolist(),
     }
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

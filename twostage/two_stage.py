@@ -28,7 +28,8 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from .data.tables import Classes, Table, find_classes
+from .data.classes import Classes, find_classes, warn_of_twins
+from .data.containers import LabelledTexts, as_table
 from .data.tokenization import check_vocabulary, load_tokenizer, tokenize
 from .errors import DataError
 from .model.bert import BertClassifier
@@ -41,9 +42,6 @@ from .training.precision import check_kernels, choose_device, choose_precision
 from .training.stage import StageData, StepReport, train_stage
 from .training.state import HEAD_STREAM, TrainingState, derive_seed
 from .training.trunk import Features, cache_features
-
-LabelledTexts = Table | tuple[Sequence[str], Sequence[str | int]]
-"""A Table, or (texts, labels)."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +177,8 @@ def train_two_stage(
     """Run every seed on data in memory; no file is written and no global state is touched.
 
     model: folder with `config.json`, `model.safetensors` and a tokenizer.
-    train, test, augmented: a Table or (texts, labels); labels are integers or strings.
+    train, test, augmented: a Table, (texts, labels), (text, label) pairs, or a mapping or frame
+    with the columns text and label. `data.classes` says which class a label means.
     on_report: called every few steps. on_seed_end: called with the result so far and the seed's
     trained model, which is freed afterwards.
     Raises UsageError, DataError, ModelError or NonFiniteError.
@@ -187,16 +186,17 @@ def train_two_stage(
     recipe = recipe or Recipe()
     device = choose_device(recipe.device)
     check_kernels(recipe.kernels, recipe.graphs, recipe.precision, device)
-    tables = [_as_table(train, "train data"), _as_table(test, "test data")]
+    tables = [as_table(train, "train data"), as_table(test, "test data")]
     if recipe.needs_augmented:
         if augmented is None:
             raise DataError("method 'augment' needs augmented data, and none was given")
-        tables.append(_as_table(augmented, "augmented data"))
+        tables.append(as_table(augmented, "augmented data"))
     classes = find_classes(tables[0])
     labels = [classes.encode(table) for table in tables]
+    warn_of_twins(classes, labels[0])
     for table, labels_N in zip(tables[2:], labels[2:], strict=True):
         for c in np.flatnonzero(np.bincount(labels_N, minlength=len(classes)) == 0):
-            raise DataError(f"class '{classes.names[c]}' has no row in {table.source}")
+            raise DataError(f"class {classes.names[c]!r} has no row in {table.source}")
 
     checkpoint = load_checkpoint(model)
     tokenizer = load_tokenizer(model)
@@ -228,15 +228,3 @@ def train_two_stage(
             on_seed_end(result, trained)
         del trained  # before the next seed's model is built
     return result
-
-
-def _as_table(data: LabelledTexts, name: str) -> Table:
-    if isinstance(data, Table):
-        table = data
-    else:
-        texts, labels = data
-        # Lists, so that arrays and data-frame columns with an index of their own serve as well.
-        table = Table(list(texts), list(labels), name)
-    if not len(table):
-        raise DataError(f"{table.source} has no rows")
-    return table

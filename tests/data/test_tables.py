@@ -122,8 +122,6 @@ def test_a_quote_that_is_never_closed_is_named_by_the_line_where_it_opens(tmp_pa
         ("\ufeff \n\n", "is empty"),
         ("text,label\n", "has a header but no rows"),
         ("a,b\n1,2\n", "line 1: expected columns 'text' and 'label'; the header is: a, b"),
-        ("text;label\nx;1\n", "semicolons"),
-        ("text\tlabel\nx\t1\n", r"tabs: name the file \.tsv"),
         ("text,label,text\na,1,b\n", "column 'text' occurs twice"),
         (b"text,label\nfine,1\nna\xefve,0\n", "line 3: not valid UTF-8"),
     ],
@@ -148,9 +146,10 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
     [
         (["1", "0", "1"], ("0", "1")),
         ([10, 9, 2], ("2", "9", "10")),
-        (["10", "9", "02", "-1"], ("-1", "2", "9", "10")),
+        (["10", "9", "+2", "-1"], ("-1", "2", "9", "10")),
         (["b", "a", "10"], ("10", "a", "b")),
-        (["1.0", "2.0"], ("1.0", "2.0")),
+        (["1.0", "2.0", "10."], ("1", "2", "10")),
+        (["1.5", "10", "9"], ("1.5", "10", "9")),
     ],
 )
 def test_classes_sort_as_numbers_if_all_are_integers_else_as_text(
@@ -181,10 +180,9 @@ def test_data_in_memory_is_checked() -> None:
         Table(["a", "b"], [1])
     with pytest.raises(DataError, match=r"row 1: the text is nan; .*row 2: the text is None"):
         Table(["a", float("nan"), None], [1, 0, 1])  # type: ignore[list-item]
-    for label in (1.0, float("nan"), None, b"x"):
+    for label in (float("nan"), float("inf"), None, b"x", " ", np.array(1)):
         with pytest.raises(DataError, match=r"row 1: the label is .* expected a string or an int"):
             Table(["a", "b"], [1, label])  # type: ignore[list-item]
-    assert find_classes(Table(["a", "b"], [np.int64(3), True])).names == ("1", "3")  # type: ignore[list-item]
 
 
 def test_labels_of_absurd_length_are_names() -> None:

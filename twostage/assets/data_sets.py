@@ -11,7 +11,6 @@
 """
 
 import bz2
-import csv
 import hashlib
 import io
 import subprocess
@@ -28,7 +27,7 @@ from urllib.parse import urlencode, urljoin
 
 import httpx
 
-from ..data.tables import read_table, write_table
+from ..data.tables import read_records, read_table, write_table
 from ..errors import DataError, DownloadError, TwoStageWarning, UsageError, writing_to
 from .archives import extract
 from .download import WebPageError, download, make_client
@@ -121,7 +120,7 @@ def read_snippets(compressed: bytes) -> list[tuple[str, int]]:
     labels = {"rotten": 0, "fresh": 1}
     snippets: dict[str, int] = {}
     with bz2.open(io.BytesIO(compressed), "rt", encoding="utf-8", newline="") as file:
-        for row in csv.DictReader(file):
+        for row in read_records(file):
             text = " ".join(row["text"].split())
             if text and row["category"] in labels:
                 snippets.setdefault(text, labels[row["category"]])

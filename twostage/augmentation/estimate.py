@@ -2,7 +2,9 @@
 
 from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Unpack
 
+from ..data.tables import TableOptions
 from . import journal as journals
 from .balancing import Walk, count_draws
 from .batch_api import keys_under_way
@@ -19,13 +21,13 @@ MESSAGE_TOKENS = 8
 
 
 def estimate_folder(
-    data_path: Path, settings: ParaphraseSettings, server: Server, *, encoding: str = "utf-8"
+    data_path: Path, settings: ParaphraseSettings, server: Server, **options: Unpack[TableOptions]
 ) -> str:
     """Answers wanted, calls, tokens, cost and time, a line each.
 
     Only the walk itself is counted: who will have to be asked again, nobody knows before.
     """
-    data = read_folder(data_path, encoding)
+    data = read_folder(data_path, **options)
     price = find_server_price(settings, server)
     with ExitStack() as stack:
         own = Journal(data_path / journals.NAME, read_only=True)

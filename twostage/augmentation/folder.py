@@ -14,7 +14,6 @@ number after that.
 import asyncio
 import filecmp
 import itertools
-import json
 import math
 import signal
 import time
@@ -22,14 +21,15 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 
-from ..data.tables import Classes, Table, find_classes, read_table, write_table
+from ..data.classes import Classes, find_classes, warn_of_twins
+from ..data.tables import Table, TableOptions, find_table, read_table, write_table
 from ..errors import DataError, PartialOutputError, TwoStageError, UsageError, writing_to
-from ..files import replacing
-from ..printing import format_table
+from ..files import write_json
+from ..printing import format_table, list_some, quoted, visible
 from . import journal as journals
 from .answering import EditedTexts, ServerAnswers
 from .balancing import choose_rows
@@ -54,6 +54,8 @@ AUG, PARTIAL, REPORT, BATCHES = (
     "batches.jsonl",
 )
 HEADER = ("org_ind", "text", "label")
+SHOWN_CLASSES = 20
+"""Classes that the printed table has."""
 
 
 @dataclass(frozen=True)
@@ -115,17 +117,18 @@ def augment_folder(
     settings: ParaphraseSettings,
     server: Server,
     *,
-    encoding: str = "utf-8",
     show_progress: bool = False,
     say: Callable[[str], None] = print,
+    **options: Unpack[TableOptions],
 ) -> None:
     """Ask for what is missing, and write the folder's files.
 
+    options: of the training table
     Raises DataError; UsageError; ApiError when the server refuses; PartialOutputError when the
     budget is used up or a class stays short; KeyboardInterrupt, or whatever the process does on
     SIGTERM, when it was asked to stop. In all of these cases what was paid for is kept.
     """
-    data = read_folder(data_path, encoding)
+    data = read_folder(data_path, **options)
     spending = Spending(find_server_price(settings, server), server.budget)
     pool = Pool(data.table, data.labels_N)
     started = time.monotonic()
@@ -200,11 +203,11 @@ def edit_folder(
     data_path: Path,
     settings: EditSettings,
     *,
-    encoding: str = "utf-8",
     say: Callable[[str], None] = print,
+    **options: Unpack[TableOptions],
 ) -> None:
     """The same files from the offline generator: lexical edits of the texts, no paraphrases."""
-    data = read_folder(data_path, encoding)
+    data = read_folder(data_path, **options)
     details = {"generator": "lexical edits", "seed": settings.seed}
     _finish(data, edit_texts(data.table, data.labels_N, settings), None, details, "", say)
 
@@ -241,7 +244,7 @@ def format_quality(pool: Pool, names: tuple[str, ...]) -> str:
     header = ["class", "rows", "asked", "kept", *BAD, "mean words", "overlap"]
     rows: list[list[object]] = [
         [
-            f"'{name}'",
+            quoted(name),
             count,
             quality.asked,
             quality.kept,
@@ -251,7 +254,11 @@ def format_quality(pool: Pool, names: tuple[str, ...]) -> str:
         ]
         for name, count, quality in zip(names, pool.counts_C, pool.quality_C, strict=True)
     ]
-    return format_table(header, rows)
+    if len(rows) <= SHOWN_CLASSES:
+        return format_table(header, rows)
+    worst = sorted(rows, key=lambda row: int(str(row[3])))[:SHOWN_CLASSES]
+    title = f"The {SHOWN_CLASSES} classes with the fewest kept, of {len(rows):,}; all: {REPORT}"
+    return f"{title}\n{format_table(header, worst)}"
 
 
 def _finish(
@@ -264,13 +271,13 @@ def _finish(
 ) -> None:
     """Write what there is, say how it went, and raise the reason if the job ended early."""
     short = [
-        f"'{name}' has {quality.kept:,} of {data.num_majority:,}"
+        f"class {quoted(name)} has {quality.kept:,} of {data.num_majority:,}"
         for name, quality in zip(data.classes.names, pool.quality_C, strict=True)
         if quality.kept < data.num_majority
     ]
     if short and reason is None:
         reason = PartialOutputError(
-            f"the answers bring too few paraphrases: class {', class '.join(short)}; see "
+            f"the answers bring too few paraphrases: {list_some(short, 10, ', ')}; see "
             f"{data.folder / REPORT} for why"
         )
     rows = choose_table(pool, data.classes)
@@ -286,7 +293,8 @@ def _finish(
         whole = len(data.table.texts[row])
         say(f"{data.table.where(row)}: only {kept:,} of {whole:,} characters fit into the model")
     for failure in details.get("failed", []):
-        say(f"{failure['where']}: no answer, though others had theirs: {failure['error']}")
+        why = visible(failure["error"])
+        say(f"{failure['where']}: no answer, though others had theirs: {why}")
     if paid:
         say(paid)
     if unwritten:
@@ -317,9 +325,7 @@ def _write(
     if complete or not rows:
         with writing_to(partial):
             partial.unlink(missing_ok=True)
-    with replacing(data.folder / REPORT) as file:
-        json.dump(report, file, indent=2)
-        file.write("\n")
+    write_json(data.folder / REPORT, report)
 
 
 def _deliver(interrupted: Interrupted, folder: Path) -> None:
@@ -392,12 +398,15 @@ def _describe(
     }
 
 
-def read_folder(data_path: Path, encoding: str) -> TrainingData:
+def read_folder(data_path: Path, **options: Unpack[TableOptions]) -> TrainingData:
+    """The training table of a data folder. Raises DataError."""
     if not data_path.is_dir():
         raise DataError(f"there is no data folder '{data_path}'; it should hold train.csv")
-    table = read_table(data_path / "train.csv", encoding)
+    table = read_table(find_table(data_path, "train"), **options)
     classes = find_classes(table)
-    return TrainingData(data_path, table, classes, classes.encode(table))
+    labels_N = classes.encode(table)
+    warn_of_twins(classes, labels_N)
+    return TrainingData(data_path, table, classes, labels_N)
 
 
 def find_server_price(settings: ParaphraseSettings, server: Server) -> Price | None:

@@ -7,11 +7,13 @@ for byte the published ones. Source: ValizadehAslani et al. 2022 (arXiv 2207.108
 """
 
 from pathlib import Path
+from typing import Unpack
 
 import numpy as np
 
 from ..errors import DataError, UsageError
-from .tables import Classes, Table, read_table, write_table
+from .classes import Classes
+from .tables import Table, TableOptions, find_table, read_table, write_table
 
 CLASSES = Classes(("0", "1"), "SST-2 (0 = negative, 1 = positive)")
 RATES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -54,15 +56,15 @@ def downsample_folder(
     output_path: Path,
     rates: tuple[float, ...] = RATES,
     seed: int = 42,
-    encoding: str = "utf-8",
+    **options: Unpack[TableOptions],
 ) -> list[tuple[Path, int, int]]:
     """`train.tsv`, `dev.tsv` → `OUT/<rate>/train.csv`, `test.csv` (all of dev) for each rate.
 
-    Returns (folder, positives, negatives) of each training file.
+    options: of both tables. Returns (folder, positives, negatives) of each training file.
     """
     for rate in rates:
         check_draw(rate, seed)
-    train, dev = (read_table(input_path / name, encoding) for name in ("train.tsv", "dev.tsv"))
+    train, dev = (read_table(find_table(input_path, name), **options) for name in ("train", "dev"))
     dev_labels = [int(label) for label in CLASSES.encode(dev)]
     written = []
     for rate in rates:

@@ -1,115 +1,133 @@
-"""Labelled texts in CSV and TSV files.
+"""Labelled texts in CSV, TSV and JSONL files: the one place where a table is read.
 
-A table has a header, with a text column (`text`, or `sentence` as in GLUE) and a `label` column in
-any order; other columns are ignored. `.tsv` files are split at tabs, all others at commas. Quotes
-follow the rules that spreadsheets, pandas and Python's csv module share. Every bad row is reported
-with its file and line, up to a limit. Texts are kept as they are: `null`, `NA` or `None` is text,
-and so is an empty field.
+A delimited table has a header, with a text column (`text`, or `sentence` as in GLUE) and a `label`
+column in any order; other columns are ignored. A line of JSONL is an object with the same keys.
+Texts are kept as they are: `null`, `NA` or `None` is text, and so is an empty field.
+
+What a file does not say is found out: the delimiter is the one that splits the header into names
+with a text and a label column; for the quoting see dialects.py. What is unusual is said
+(TwoStageWarning). What cannot be known is refused with its line and the option that settles it, and
+so is the junk that spreadsheets and joined files leave. Every bad row is reported with its line, up
+to a limit.
 """
 
 import csv
-import io
+import json
 import re
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from numbers import Integral
+from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any, TypedDict
 
-import numpy as np
-
-from ..errors import DataError, UsageError
+from ..errors import DataError, TwoStageWarning, UsageError
 from ..files import replacing
+from ..printing import quoted
+from .classes import Classes as Classes
+from .classes import find_classes as find_classes
+from .classes import is_label, list_bad_rows
+from .columns import LABEL_COLUMN, Columns, normalize
+from .containers import Table as Table
+from .containers import shorten
+from .dialects import (
+    BEHIND_QUOTE,
+    DELIMITERS,
+    MEANING,
+    NEVER_CLOSED,
+    QUOTINGS,
+    Rows,
+    Signs,
+    choose_quoting,
+    find_signs,
+    is_glue,
+)
+from .text_files import TextFile, open_text
 
-TEXT_COLUMNS = ("text", "sentence")
-LABEL_COLUMN = "label"
-MAX_REPORTED = 10
-"""Bad rows that one error message names."""
+SUFFIXES = (".csv", ".tsv", ".jsonl")
+"""Of the tables in a data folder."""
 
-_INTEGER = re.compile(r"[+-]?[0-9]{1,18}")
-# A text that stands in its own row after the last line, unless a quote is still open there.
-_END = "\0end of file"
-
-
-@dataclass(frozen=True)
-class Table:
-    """Labelled texts, one label a text."""
-
-    texts: Sequence[str]
-    labels: Sequence[str | int]
-    """As given: integers, or their text, or names."""
-    source: str = "the data"
-    """The file's path, for messages."""
-    lines: Sequence[int] = field(default=(), repr=False)
-    """The file's line on which each row begins; empty for data in memory."""
-
-    def __post_init__(self) -> None:
-        if len(self.texts) != len(self.labels):
-            raise DataError(
-                f"{self.source} has {len(self.texts)} texts but {len(self.labels)} labels"
-            )
-        bad = [
-            f"{self.where(row)}: the text is {text!r}; expected a string"
-            for row, text in enumerate(self.texts)
-            if not isinstance(text, str)
-        ]
-        bad += [
-            f"{self.where(row)}: the label is {label!r}; expected a string or an integer"
-            for row, label in enumerate(self.labels)
-            if not isinstance(label, (str, Integral))
-        ]
-        if bad:
-            raise DataError(_list_bad_rows(self.source, bad))
-
-    def __len__(self) -> int:
-        return len(self.texts)
-
-    def where(self, row: int) -> str:
-        """`file, line 7`, or `the data, row 5` counted from 0."""
-        if self.lines:
-            return f"{self.source}, line {self.lines[row]}"
-        return f"{self.source}, row {row}"
+_JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+_SYNONYMS = {"minimal": "standard", "all": "standard", "nonnumeric": "standard"}  # csv's own names
 
 
-def read_table(path: str | Path, encoding: str = "utf-8") -> Table:
-    """Read a CSV or TSV file. Raises DataError for what cannot be used, all bad rows at once.
+class TableOptions(TypedDict, total=False):
+    """What a file does not say of itself; what is not given is found out."""
 
-    encoding: of the file, as Python names it; a byte order mark is dropped.
+    encoding: str
+    """As Python names it; utf-8 if not given. A byte order mark is dropped."""
+    delimiter: str | None
+    """One character, or its name: `tab`."""
+    quoting: str | None
+    """A name in QUOTINGS."""
+    text_column: str | None
+    label_column: str | None
+
+
+def read_table(
+    path: str | Path,
+    encoding: str = "utf-8",
+    *,
+    delimiter: str | None = None,
+    quoting: str | None = None,
+    text_column: str | None = None,
+    label_column: str | None = None,
+) -> Table:
+    """Read a CSV, TSV or JSONL file; for the arguments see TableOptions.
+
+    Raises DataError for what cannot be used or known, all bad rows at once, and UsageError for an
+    argument that cannot be. Warns (TwoStageWarning) where a file is written in an unusual way.
     """
+    columns = Columns(text_column, label_column)
+    delimiter, quoting = _check_delimiter(delimiter), _check_quoting(quoting)
     path = Path(path)
-    try:
-        content = _decode(path.read_bytes(), encoding, path).removeprefix("\ufeff")
-    except FileNotFoundError:
-        raise DataError(f"there is no file '{path}'") from None
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    if not content.strip():
+    file = open_text(path, encoding)
+    content = file.decode()
+    found = re.search(r"\S.*", content)
+    first_line = found[0] if found else ""
+    if not first_line:
         raise DataError(f"{path} is empty; expected a header with 'text' and 'label', then rows")
-
-    delimiter = "\t" if path.suffix.lower() == ".tsv" else ","
-    rows = _read_rows(content, delimiter)
-    header_line, header = next(rows)
-    text_column, label_column = _find_columns(header, delimiter, f"{path}, line {header_line}")
-
-    texts: list[str] = []
-    labels: list[str | int] = []
-    lines: list[int] = []
-    bad: list[str] = []
-    for line, row in rows:
-        if row[-1].endswith(_END):
-            bad.append(f"line {line}: a quote opens here and is never closed")
-        elif len(row) != len(header):
-            bad.append(f"line {line}: {len(row)} fields, but the header has {len(header)}")
-        elif not row[label_column].strip():
-            bad.append(f"line {line}: the label is empty")
-        else:
-            texts.append(row[text_column])
-            labels.append(row[label_column].strip())
-            lines.append(line)
-    if bad:
-        raise DataError(_list_bad_rows(str(path), bad))
-    if not texts:
+    is_json = path.suffix.lower() in _JSON_SUFFIXES
+    if is_json or (first_line.startswith("{") and not delimiter and not quoting):
+        if not is_json:
+            _say(path, "is read as JSONL, one object a line")
+        rows = _read_json(file, columns)
+    elif re.match(r'"?sep=.?"?\s*$', first_line, re.IGNORECASE):
+        raise DataError(f"{path}, line 1: 'sep=' is meant for Excel alone; remove the line")
+    else:
+        signs = find_signs(content)
+        del content  # a string takes up to four bytes a character
+        with _long_fields(len(file.raw)):
+            rows = _read_delimited(file, columns, signs, delimiter, quoting)
+    if rows.bad:
+        raise DataError(list_bad_rows(str(path), rows.bad))
+    if not rows.texts:
         raise DataError(f"{path} has a header but no rows")
-    return Table(texts, labels, str(path), lines)
+    return Table(rows.texts, rows.labels, str(path), rows.lines)
+
+
+def find_table(folder: Path, *stems: str, who: str = "") -> Path:
+    """The one table of a data folder with one of these names: `train.csv`, `train.tsv` …
+
+    who: reads it, for the message. Raises DataError when there is none, or more than one.
+    """
+    names = [stem + suffix for stem in stems for suffix in SUFFIXES]
+    paths = folder.iterdir() if folder.is_dir() else ()
+    found = sorted(path for path in paths if path.name.lower() in names)
+    if len(found) > 1:
+        shown = " and ".join(quoted(path.name) for path in found)
+        raise DataError(f"'{folder}' holds {shown}, and each could be meant; leave one of them")
+    if not found:
+        first, others = folder / names[0], ", ".join(names[1:])
+        if who:
+            raise DataError(f"{who} reads '{first}', which does not exist, nor does {others}")
+        raise DataError(f"there is no file '{first}', nor any of {others}")
+    return found[0]
+
+
+def read_records(lines: Iterable[str]) -> Iterator[dict[str, str]]:
+    """The rows of a comma-separated file that is known, by the names in its header."""
+    yield from csv.DictReader(lines)
 
 
 def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
@@ -130,128 +148,220 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
             (quoting_writer if has_return else writer).writerow(row)
 
 
-@dataclass(frozen=True)
-class Classes:
-    """The classes of a data set, in the order of their index 0 … C-1."""
+def _read_delimited(
+    file: TextFile, columns: Columns, signs: Signs, delimiter: str | None, quoting: str | None
+) -> Rows:
+    """The rows of a CSV or TSV file. Raises DataError where it is in doubt how it is written."""
+    usual = "\t" if file.path.suffix.lower() in (".tsv", ".tab") else ","
+    found, header, header_quoting = _choose_delimiter(file, columns, usual, delimiter, quoting)
+    if found != usual and delimiter is None:
+        _say(file.path, f"is read with {DELIMITERS[found]} between its fields")
+    if quoting is not None:
+        return _read_rows(file, columns, found, quoting)
 
-    names: tuple[str, ...]
-    source: str
-    """What they are the classes of, for messages."""
+    @cache
+    def attempt(quoting: str) -> Rows:
+        return _read_rows(file, columns, found, quoting, only_try=True)
 
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def encode(self, table: Table) -> np.ndarray:
-        """[N] int64 class indices. Raises DataError naming the rows with an unknown label."""
-        index = {name: i for i, name in enumerate(self.names)}
-        keys = [_class_name(label) for label in table.labels]
-        unknown = [row for row, key in enumerate(keys) if key not in index]
-        if unknown:
-            bad = [f"{table.where(row)}: class '{table.labels[row]}'" for row in unknown]
-            raise DataError(
-                _list_bad_rows(table.source, bad)
-                + f" (no such row in {self.source}, whose classes are {', '.join(self.names)})"
-            )
-        return np.array([index[key] for key in keys], dtype=np.int64)
-
-
-def find_classes(train: Table) -> Classes:
-    """The classes of the training data: sorted as numbers if all are integers, else as text."""
-    if not len(train):
-        raise DataError(f"{train.source} has no rows")
-    names = {_class_name(label) for label in train.labels}
-    if all(_INTEGER.fullmatch(name) for name in names):
-        ordered = sorted(names, key=int)
-    else:
-        ordered = sorted(names)
-    if len(ordered) < 2:
-        raise DataError(
-            f"{train.source}: all {len(train)} rows have class '{ordered[0]}'; "
-            "at least two classes are needed"
-        )
-    return Classes(tuple(ordered), train.source)
-
-
-def _class_name(label: object) -> str:
-    """`1`, `"1"`, `"+1"` and `"01"` are the same class."""
-    text = str(int(label) if isinstance(label, Integral) else label).strip()
-    return str(int(text)) if _INTEGER.fullmatch(text) else text
-
-
-def _decode(raw: bytes, encoding: str, path: Path) -> str:
-    """The text of a file. Raises DataError naming the line that is not text in this encoding."""
-    problem = ""
     try:
-        content = raw.decode(encoding)
-        before = content.partition("\0")[0]
-        if len(before) < len(content):
-            problem = "holds a NUL byte"
-    except UnicodeDecodeError as error:
-        before = raw[: error.start].decode(encoding, errors="replace")
-        problem = f"not valid {encoding.upper()} ({error.reason})"
-    except (LookupError, ValueError):
-        raise UsageError(
-            f"encoding is {encoding!r}; expected a name that Python knows, such as utf-8, "
-            "utf-16 or cp1252"
-        ) from None
+        rows = choose_quoting(attempt, signs, found, header, header_quoting)
+    except DataError as error:
+        raise DataError(f"{file.path}, {error}") from None
+    if not rows.works:
+        return _read_rows(file, columns, found, rows.quoting)
+    is_usual = rows.quoting == ("none" if is_glue(found, header) else "standard")
+    if not is_usual and not rows.equal(attempt("standard")):
+        _say(file.path, f"is read so that {MEANING[rows.quoting]} (--quoting {rows.quoting})")
+    return rows
+
+
+def _choose_delimiter(
+    file: TextFile, columns: Columns, usual: str, delimiter: str | None, quoting: str | None
+) -> tuple[str, list[str], str]:
+    """(delimiter, header, quoting in which it reads well). Raises DataError."""
+    headers, problem = [], ""
+    for some_quoting in (quoting,) if quoting else ("standard", "single"):
+        for candidate in (delimiter,) if delimiter else dict.fromkeys((usual, *DELIMITERS)):
+            try:
+                line, _, header = next(_iterate_records(file, candidate, some_quoting))
+            except _Breakdown as breakdown:
+                problem = problem or breakdown.what
+                continue
+            if columns.find(header) is not None:
+                return candidate, header, some_quoting
+            headers.append((line, header))
     if problem:
-        line = len(re.findall(r"\r\n|\r|\n", before)) + 1
-        raise DataError(
-            f"{path}, line {line}: {problem}; save the file as UTF-8, or name its encoding with "
-            "--encoding (often utf-16 or cp1252)"
-        )
-    return content
+        raise DataError(f"{file.path}, line 1: {problem.replace('here', 'in the header')}")
+    line, header = max(headers, key=lambda found: len(found[1]))
+    raise DataError(f"{file.path}, line {line}: {columns.explain(header)}")
 
 
-def _read_rows(content: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """(line on which the row begins, fields); blank lines are skipped, as pandas skips them."""
-
-    def lines() -> Iterator[str]:
-        yield from io.StringIO(content, newline="")
-        if not content.endswith(("\n", "\r")):
-            yield "\n"
-        yield _END
-
-    # Texts may be long, and the csv module's limit on a field is one for the whole process.
-    previous_limit = csv.field_size_limit(max(len(content) + len(_END), csv.field_size_limit()))
+def _read_rows(
+    file: TextFile, columns: Columns, delimiter: str, quoting: str, *, only_try: bool = False
+) -> Rows:
+    """The rows of a delimited file in one way. only_try: up to the first that is bad."""
+    rows = Rows(quoting)
+    records = _iterate_records(file, delimiter, quoting)
     try:
-        reader = csv.reader(lines(), delimiter=delimiter)
-        while True:
-            line = reader.line_num + 1
-            row = next(reader)
-            if row == [_END]:
-                return
-            if len(row) > 1 or (row and row[0].strip()):
-                yield line, row
-            if row and row[-1].endswith(_END):
-                return
+        line, header_line, header = next(records)
+        places = columns.find(header)
+        if places is None:
+            rows.bad.append(f"line {line}: {columns.explain(header)}")
+            return rows
+        text_place, label_place = places
+        words = {*map(normalize, header), LABEL_COLUMN}
+        may_be_spaced = quoting == "standard" and delimiter != "\t"
+        # A writer that ends lines in `\n` may leave a `\r` of the last text before it.
+        may_keep_return = text_place == len(header) - 1 and not header_line.endswith("\r\n")
+        for line, last_line, record in records:
+            problem = ""
+            if len(record) != len(header) or not (label := record[label_place].strip()):
+                problem = _explain_record(record, len(header))
+            elif label.lower() in words and columns.is_header(record, header):
+                problem = "the header stands here again; remove the line"
+            elif may_keep_return and last_line.endswith("\r\n"):
+                problem = r"the line ends in \r\n, but the header in \n; give all one line end"
+            elif may_be_spaced and _has_space_before_quote(record, last_line, delimiter):
+                problem = (
+                    f"white space stands before a quote; give --quoting spaced if "
+                    f"{MEANING['spaced']}, or --quoting none if {MEANING['none']}"
+                )
+            if not problem:
+                rows.add(line, record[text_place], label)
+                continue
+            rows.bad.append(f"line {line}: {problem}")
+            if only_try:
+                return rows
+    except _Breakdown as breakdown:
+        rows.bad.append(str(breakdown))
+    return rows
+
+
+def _explain_record(record: list[str], num_columns: int) -> str:
+    """Why a record with another number of fields, or without a label, is no row."""
+    if not any(value.strip() for value in record):
+        return "the row is empty but for its delimiters; remove it"
+    if len(record) == num_columns:
+        return "the label is empty"
+    return f"{len(record)} fields, but the header has {num_columns}"
+
+
+def _has_space_before_quote(record: list[str], last_line: str, delimiter: str) -> bool:
+    """` "so"`, as it stands in the line; a writer of tables would have enclosed it."""
+    return ' "' in last_line and any(
+        value[:1] == " "
+        and value.strip()[:1] == value.strip()[-1:] == '"'
+        and (delimiter + value in last_line or last_line.startswith(value))
+        for value in record
+    )
+
+
+class _Breakdown(Exception):
+    """A way of reading that cannot go on."""
+
+    def __init__(self, line: int, what: str) -> None:
+        super().__init__(f"line {line}: {what}")
+        self.what = what
+
+
+def _iterate_records(
+    file: TextFile, delimiter: str, quoting: str
+) -> Iterator[tuple[int, str, list[str]]]:
+    """(line on which a record begins, its last line as it stands, its fields); no blank lines.
+
+    Raises _Breakdown. The csv module does it, strictly: else it would read `"a"b` as `ab`.
+    """
+    number, line = 0, ""
+
+    def count() -> Iterator[str]:
+        nonlocal number, line
+        for line in file.lines():
+            number += 1
+            yield line
+
+    reader = csv.reader(count(), delimiter=delimiter, strict=True, **QUOTINGS[quoting])
+    ends_in_return: bool | None = None
+    while True:
+        first = number + 1
+        try:
+            record = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            is_open = "unexpected end" in str(error)
+            where, what = (first, NEVER_CLOSED) if is_open else (number, BEHIND_QUOTE)
+            raise _Breakdown(where, what) from None
+        is_return = line.endswith("\r")
+        if ends_in_return not in (None, is_return):
+            raise _Breakdown(number, "a carriage return stands inside; remove it")
+        ends_in_return = is_return
+        if len(record) > 1 or (record and record[0].strip()):
+            yield first, line, record
+
+
+def _read_json(file: TextFile, columns: Columns) -> Rows:
+    """The rows of a JSONL file."""
+    rows = Rows("none")
+    for number, line in enumerate(file.lines(), 1):
+        if not (line := line.strip()):
+            continue
+        try:
+            rows.add(number, *_read_object(line, columns))
+        except DataError as error:
+            rows.bad.append(f"line {number}: {error}")
+            if line.startswith("["):
+                rows.bad[-1] += ", one to a line and without brackets around them"
+                break
+    return rows
+
+
+def _read_object(line: str, columns: Columns) -> tuple[str, Any]:
+    """(text, label) of one line of JSONL. Raises DataError."""
+    if not line.startswith("{"):
+        raise DataError(f'{shorten(line)} is not an object like {{"text": "fine", "label": 1}}')
+    try:
+        pairs = json.loads(line, object_pairs_hook=list)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{shorten(line)} is not JSON ({error})") from None
+    names = [name for name, _ in pairs]
+    places = columns.find(names)
+    if places is None:
+        raise DataError(columns.explain(names))
+    text, label = (pairs[place][1] for place in places)
+    if not isinstance(text, str):
+        raise DataError(f"the text is {shorten(text)}; expected a string")
+    if not is_label(label):
+        raise DataError(f"the label is {shorten(label)}; expected a string or an integer")
+    for value in (text, str(label)):
+        if not value.isascii() and re.search("[\ud800-\udfff]", value):
+            raise DataError(f"{shorten(value)} holds half of a character (a surrogate)")
+    return text, label.strip() if isinstance(label, str) else label
+
+
+def _check_delimiter(delimiter: str | None) -> str | None:
+    names = {"tab": "\t", "\\t": "\t", "comma": ",", "semicolon": ";"}
+    found = names.get(delimiter, delimiter) if delimiter is not None else None
+    if found is not None and (len(found) != 1 or found in '"\r\n\\'):
+        raise UsageError(f"delimiter is {delimiter!r}; expected one character, or tab")
+    return found
+
+
+def _check_quoting(quoting: str | None) -> str | None:
+    found = _SYNONYMS.get(quoting, quoting) if quoting is not None else None
+    if found is not None and found not in QUOTINGS:
+        raise UsageError(f"quoting is {quoting!r}; expected one of {', '.join(QUOTINGS)}")
+    return found
+
+
+@contextmanager
+def _long_fields(longest: int) -> Iterator[None]:
+    """Let the csv module read fields of any length; its limit is one for the whole process."""
+    previous = csv.field_size_limit(max(longest, csv.field_size_limit()))
+    try:
+        yield
     finally:
-        csv.field_size_limit(previous_limit)
+        csv.field_size_limit(previous)
 
 
-def _find_columns(header: list[str], delimiter: str, where: str) -> tuple[int, int]:
-    if header[-1].endswith(_END):
-        raise DataError(f"{where}: a quote opens in the header and is never closed")
-    names = [name.strip().lower() for name in header]
-    found = f"the header is: {', '.join(header)[:200]}"
-    for column in (*TEXT_COLUMNS, LABEL_COLUMN):
-        if names.count(column) > 1:
-            raise DataError(f"{where}: column '{column}' occurs twice; {found}")
-    text = [names.index(column) for column in TEXT_COLUMNS if column in names]
-    if not text or LABEL_COLUMN not in names:
-        hint = ""
-        other = {",": ("\t", "tabs: name the file .tsv"), "\t": (",", "commas: name the file .csv")}
-        if other[delimiter][0] in header[0]:
-            hint = f" (it seems to be separated by {other[delimiter][1]})"
-        elif ";" in header[0]:
-            hint = " (it seems to be separated by semicolons; use commas)"
-        raise DataError(f"{where}: expected columns 'text' and 'label'; {found}{hint}")
-    return text[0], names.index(LABEL_COLUMN)
-
-
-def _list_bad_rows(source: str, bad: list[str]) -> str:
-    """One sentence that names up to MAX_REPORTED bad rows."""
-    shown = "; ".join(bad[:MAX_REPORTED])
-    more = f"; and {len(bad) - MAX_REPORTED} more" if len(bad) > MAX_REPORTED else ""
-    plural = "1 bad row" if len(bad) == 1 else f"{len(bad)} bad rows"
-    return f"{source} has {plural}: {shown}{more}"
+def _say(path: Path, what: str) -> None:
+    warnings.warn(f"{path} {what}", TwoStageWarning, stacklevel=5)

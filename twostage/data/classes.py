@@ -1,0 +1,203 @@
+"""What a class is: one rule for labels from files and from Python.
+
+    a label               its class
+    ' spam '              spam                 white space at the ends is dropped, nothing else
+    '1', 1, '+1', 1.0     1                    a whole number without leading zeros is an integer,
+                                               with or without a plus or `.0`
+    '012', '1e3', '1.5'   012, 1e3, 1.5        all else is the text that it is: codes keep zeros
+    True, 'True'          True                 other values from Python are what `str` makes of them
+    None, NaN, ''         (none)               an error that names the row
+
+Classes that are all integers sort as numbers, others as text. Names that differ only in case, white
+space, Unicode form, invisible characters, letters that look alike or the form of a number stay
+apart, and are pointed out before anything is trained.
+"""
+
+import math
+import re
+import unicodedata
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from numbers import Integral
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import DataError, TwoStageWarning
+from ..printing import list_some, quoted, visible
+
+if TYPE_CHECKING:
+    from .tables import Table
+
+MAX_REPORTED = 10
+"""Bad rows, or classes, that one message names."""
+
+_WHOLE = re.compile(r"([+-]?(?:0|[1-9][0-9]{0,17}))(?:\.0*)?")
+# Cyrillic and Greek letters, dashes and apostrophes that print as Latin ones do.
+_LOOK_ALIKE = str.maketrans(
+    "аеорсухіјѕԁһԛԝкмтвнАВЕКМНОРСТУХІЈЅαονρτυικΑΒΕΖΗΙΚΜΝΟΡΤΥΧ‐‑‒–—−’‘ʼ",
+    "aeopcyxijsdhqwkmtbhABEKMHOPCTYXIJSaovptuikABEZHIKMNOPTYX------'''",
+)
+
+
+def is_label(label: object) -> bool:
+    """Whether a value can name a class: a string, an integer, a bool or a finite float."""
+    if isinstance(label, (float, np.floating)):
+        return math.isfinite(label)
+    return isinstance(label, (str, Integral, np.bool_)) and bool(str(label).strip())
+
+
+def class_name(label: object) -> str:
+    """The name of the class that a label means; see the rule above."""
+    text = str(label).strip()
+    whole = _WHOLE.fullmatch(text)
+    return str(int(whole[1])) if whole else text
+
+
+@dataclass(frozen=True)
+class Classes:
+    """The classes of a data set, in the order of their index 0 … C-1."""
+
+    names: tuple[str, ...]
+    source: str
+    """What they are the classes of, for messages."""
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def encode(self, table: "Table") -> np.ndarray:
+        """[N] int64 class indices. Raises DataError naming the rows with an unknown label."""
+        index = {class_name(name): i for i, name in enumerate(self.names)}
+        labels_N = np.array([index.get(n, -1) for n in _class_names(table.labels)], dtype=np.int64)
+        unknown = np.flatnonzero(labels_N < 0).tolist()
+        if unknown:
+            raise DataError(self._explain(table, unknown))
+        return labels_N
+
+    def _explain(self, table: "Table", unknown: list[int]) -> str:
+        """One sentence on rows whose class is none of these; first what may be a slip."""
+        rows_of: dict[str, list[int]] = {}
+        for row in unknown:
+            rows_of.setdefault(class_name(table.labels[row]), []).append(row)
+        known = {_fold(name): name for name in self.names}
+        slips = [
+            f"{table.where(rows[0])}: class {quoted(name)} differs only in "
+            f"{_difference([name, known[_fold(name)]])} from class {quoted(known[_fold(name)])} of "
+            f"{self.source}; write both alike ({_count(len(rows), 'such row')})"
+            for name, rows in rows_of.items()
+            if _fold(name) in known
+        ]
+        if slips:
+            return list_some(slips, MAX_REPORTED)
+        bad = [f"{table.where(row)}: class {quoted(table.labels[row])}" for row in unknown]
+        names = list_some([visible(name) for name in self.names], 2 * MAX_REPORTED, ", ")
+        return (
+            list_bad_rows(table.source, bad)
+            + f" (no such row in {self.source}, whose classes are {names})"
+        )
+
+
+def find_classes(train: "Table") -> Classes:
+    """The classes of the training data: sorted as numbers if all are integers, else as text."""
+    if not len(train):
+        raise DataError(f"{train.source} has no rows")
+    names = set(_class_names(train.labels))
+    are_integers = all(_WHOLE.fullmatch(name) for name in names)
+    ordered = sorted(names, key=int if are_integers else str)
+    if len(ordered) < 2:
+        raise DataError(
+            f"{train.source}: all {len(train)} rows have class {quoted(ordered[0])}; "
+            "at least two classes are needed"
+        )
+    return Classes(tuple(ordered), train.source)
+
+
+def warn_of_twins(classes: Classes, labels_N: np.ndarray) -> None:
+    """Warn (TwoStageWarning), in one line, of classes that may be one, with their rows.
+
+    labels_N: [N] class indices of the training rows
+    """
+    groups: dict[object, list[int]] = {}
+    for c, name in enumerate(classes.names):
+        groups.setdefault(_fold(name), []).append(c)
+    counts_C = np.bincount(labels_N, minlength=len(classes)).tolist()
+    notes = [
+        " and ".join(f"{quoted(classes.names[c])} ({_count(counts_C[c], 'row')})" for c in group)
+        + f" differ only in {_difference([classes.names[c] for c in group])}"
+        for group in groups.values()
+        if len(group) > 1
+    ]
+    if notes:
+        warnings.warn(
+            f"{classes.source}: classes {list_some(notes, MAX_REPORTED)}; if they are one class, "
+            "write them alike",
+            TwoStageWarning,
+            stacklevel=3,
+        )
+
+
+def list_bad_rows(source: str, bad: list[str]) -> str:
+    """One sentence that names up to MAX_REPORTED bad rows."""
+    return f"{source} has {_count(len(bad), 'bad row')}: {list_some(bad, MAX_REPORTED)}"
+
+
+def _class_names(labels: Iterable[object]) -> list[str]:
+    """The class of each label. (True, 1 and 1.0 are one key to a dict, hence the types.)"""
+    names: dict[tuple[type, object], str] = {}
+    found = []
+    for label in labels:
+        key = (type(label), label)
+        if key not in names:
+            names[key] = class_name(label)
+        found.append(names[key])
+    return found
+
+
+def _without_invisible(name: str) -> str:
+    """Without zero-width and control characters, soft hyphens and variation selectors."""
+    return "".join(
+        c
+        for c in name
+        if unicodedata.category(c) not in ("Cf", "Cc") and not "\ufe00" <= c <= "\ufe0f"
+    )
+
+
+def _as_number(name: str) -> str:
+    """`01`, `1.0`, `1e0` → `1.0`; all else as it is."""
+    try:
+        number = float(name)
+    except ValueError:
+        return name
+    return repr(number) if math.isfinite(number) else name
+
+
+_FOLDS: dict[str, Callable[[str], str]] = {
+    "invisible characters": _without_invisible,
+    "Unicode form": lambda name: unicodedata.normalize("NFKC", name),
+    "case": str.casefold,
+    "white space": lambda name: "".join(name.split()),
+    "letters that look alike": lambda name: name.translate(_LOOK_ALIKE),
+    "the form of a number": _as_number,
+}
+
+
+def _fold(name: str, kinds: Iterable[str] = tuple(_FOLDS)) -> str:
+    """A form that names have in common when they differ only in these ways."""
+    for kind in kinds:
+        name = _FOLDS[kind](name)
+    return name
+
+
+def _difference(names: Sequence[str]) -> str:
+    """In what names of one fold differ: the fewest kinds that explain it."""
+    for size in range(1, len(_FOLDS)):
+        for kinds in combinations(_FOLDS, size):
+            if len({_fold(name, kinds) for name in names}) == 1:
+                return " and ".join(kinds)
+    return ", ".join(_FOLDS)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"

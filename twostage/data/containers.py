@@ -1,0 +1,204 @@
+"""Labelled texts in memory: `Table`, and what else can be taken for one without guessing.
+
+    Table(texts, labels)                      as `tables.read_table` gives it
+    (texts, labels)                           two lists, arrays, columns or tensors of one length
+    [(text, label), (text, label), …]         any iterable of pairs
+    {"text": texts, "label": labels}          a mapping or data frame with these two columns
+
+All else is refused with this list. (A string is no list of texts, though it is one of letters.)
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import PurePath
+from typing import Any
+
+from ..errors import DataError
+from ..printing import visible
+from .classes import is_label, list_bad_rows
+from .columns import LABEL_COLUMN, TEXT_COLUMNS, Columns
+
+FORM = (
+    "expected a Table, (texts, labels), a list of (text, label) pairs, or a mapping or data frame "
+    "with the columns 'text' and 'label'"
+)
+
+
+@dataclass(frozen=True)
+class Table:
+    """Labelled texts, one label a text.
+
+    >>> Table(["a fine film", "dull"], ["fresh", "rotten"]).where(1)
+    'the data, row 1'
+    """
+
+    texts: Sequence[str]
+    labels: Sequence[str | int | float]
+    """As given; `classes.class_name` says which class each of them means."""
+    source: str = "the data"
+    """The file's path, for messages."""
+    lines: Sequence[int] = field(default=(), repr=False)
+    """The file's line on which each row begins; empty for data in memory."""
+
+    def __post_init__(self) -> None:
+        for name in ("texts", "labels"):
+            object.__setattr__(self, name, _as_list(getattr(self, name), self.source))
+        if len(self.texts) != len(self.labels):
+            raise DataError(
+                f"{self.source} has {len(self.texts)} texts but {len(self.labels)} labels"
+            )
+        bad = [
+            f"{self.where(row)}: the text is {shorten(text)}; expected a string"
+            for row, text in enumerate(self.texts)
+            if not isinstance(text, str)
+        ]
+        bad += [
+            f"{self.where(row)}: the label is {shorten(label)}; expected a string or an integer"
+            for row, label in enumerate(self.labels)
+            if not is_label(label)
+        ]
+        bad += [
+            f"{self.where(row)}: the names of the columns stand among the rows; remove them"
+            for row, label in enumerate(self.labels)
+            if isinstance(label, str) and label == LABEL_COLUMN and self.texts[row] in TEXT_COLUMNS
+        ]
+        if bad:
+            raise DataError(list_bad_rows(self.source, bad))
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def where(self, row: int) -> str:
+        """`file, line 7`, or `the data, row 5` counted from 0."""
+        if self.lines:
+            return f"{visible(self.source)}, line {self.lines[row]}"
+        return f"{visible(self.source)}, row {row}"
+
+
+LabelledTexts = Table | Iterable[Any]
+"""What `as_table` takes."""
+
+
+def as_table(data: LabelledTexts, name: str) -> Table:
+    """Labelled texts in any of the forms above, as a Table.
+
+    name: of the data, for messages. Raises DataError for other forms, and for data without rows.
+    """
+    table = data if isinstance(data, Table) else Table(*_split_columns(data, name), name)
+    if not len(table):
+        raise DataError(f"{table.source} has no rows")
+    return table
+
+
+def shorten(value: object) -> str:
+    """A value as a message shows it."""
+    shown = repr(value)
+    return visible(shown if len(shown) <= 60 else shown[:60] + "…")
+
+
+def _split_columns(data: object, name: str) -> tuple[Any, Any]:
+    """(texts, labels). Raises DataError."""
+    if isinstance(data, (str, bytes, PurePath)):
+        raise DataError(f"{name} is {shorten(data)}; {FORM} (read_table reads a file)")
+    columns = _column_names(data)
+    if columns is not None:
+        return _take_columns(data, columns, name)
+    if isinstance(data, (set, frozenset)) or not isinstance(data, Iterable):
+        raise DataError(f"{name} is {_describe(data)}; {FORM}")
+    items = list(data)
+    if not items:
+        return [], []
+    if not all(map(_is_column, items)):
+        kinds = " and ".join(sorted({_describe(item) for item in items}))
+        raise DataError(f"{name} is {_describe(data)} of {kinds}; {FORM}")
+    if _are_pairs(data, items, name):
+        return [item[0] for item in items], [item[1] for item in items]
+    if len(items) == 2:
+        return items[0], items[1]
+    row = next((r for r, item in enumerate(items) if len(list(item)) != 2), 0)
+    raise DataError(
+        f"{name} is {_describe(data)} of {len(items)} items, of which number {row} has "
+        f"{len(list(items[row]))} values; {FORM}"
+    )
+
+
+def _are_pairs(data: object, items: list[Any], name: str) -> bool:
+    """Whether the items are (text, label) pairs, and not a column of texts and one of labels."""
+    if not items or not all(hasattr(item, "__len__") and len(item) == 2 for item in items):
+        return False
+    if len(items) != 2:
+        return True
+    # Two by two: (texts, labels) is a tuple of lists; else the strings tell, or a list of tuples.
+    is_tuple, of_tuples = type(data) is tuple, {type(item) for item in items} == {tuple}
+    if is_tuple and not any(isinstance(item, tuple) for item in items):
+        return False
+    (a, b), (c, _) = items
+    may_be_pairs, may_be_columns = (isinstance(a, str) and isinstance(x, str) for x in (c, b))
+    if may_be_pairs != may_be_columns:
+        return may_be_pairs
+    if of_tuples and not is_tuple:
+        return True
+    raise DataError(
+        f"{name} could be two (text, label) pairs or two texts and two labels: "
+        f"{shorten(data)}; give a Table"
+    )
+
+
+def _column_names(data: object) -> list[Any] | None:
+    """The names of the columns of a mapping or a frame; None for what has none."""
+    if isinstance(data, Mapping):
+        return list(data)
+    for attribute in ("column_names", "columns"):
+        names = getattr(data, attribute, None)
+        if names is not None and not callable(names):
+            return list(names)
+    return None
+
+
+def _take_columns(data: Any, columns: list[Any], name: str) -> tuple[Any, Any]:
+    places = Columns().find(list(map(str, columns)))
+    if places is None:
+        shown = visible(", ".join(map(str, columns))[:200])
+        raise DataError(f"{name} is {_describe(data)} with the columns {shown}; {FORM}")
+    return data[columns[places[0]]], data[columns[places[1]]]
+
+
+def _as_list(column: Any, name: str) -> list[Any] | tuple[Any, ...]:
+    """A column's values by position, whatever index it has."""
+    if isinstance(column, (list, tuple)):
+        if any(_is_scalar_tensor(value) for value in column):
+            return [v.tolist() if _is_scalar_tensor(v) else v for v in column]
+        return column
+    if not _is_column(column):
+        raise DataError(f"{name} has {shorten(column)} where a list is expected; {FORM}")
+    if hasattr(column, "to_pylist"):  # Arrow
+        column = column.to_pylist()
+    elif _is_tensor(column):
+        column = column.tolist()
+    return list(column)
+
+
+def _is_column(value: object) -> bool:
+    """Whether it is a row of values; a string is none, and neither is a tensor without axes."""
+    return (
+        isinstance(value, Iterable)
+        and not isinstance(value, (str, bytes, Mapping, set, frozenset))
+        and getattr(value, "ndim", 1) > 0
+    )
+
+
+def _is_tensor(value: object) -> bool:
+    """Whether it is an array of another library than numpy, such as torch."""
+    return hasattr(value, "tolist") and not type(value).__module__.startswith(("numpy", "pandas"))
+
+
+def _is_scalar_tensor(value: object) -> bool:
+    return _is_tensor(value) and getattr(value, "ndim", None) == 0
+
+
+def _describe(data: object) -> str:
+    kind = type(data)
+    name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
+    return {"list": "a list", "tuple": "a tuple", "dict": "a dict", "str": "strings"}.get(
+        name, name
+    )

@@ -1,0 +1,222 @@
+"""How is a delimited file written? Nothing in it says so; the evidence decides.
+
+The file is read in each way in which it could have been written (`QUOTINGS`). A way fails at a
+closing quote with neither a delimiter nor a line end behind it, at a quote that is never closed,
+and at a row without the header's number of fields. The way that is left is the right one, and ways
+that give the same rows are the same. Where two are left that differ:
+
+- Quotes that may join lines: the number of rows is in doubt, and nobody can know it.
+- Quotes around fields, commas between them: the file means them so.
+- Quotes around fields, tabs between them: they show whether a program wrote them. One that
+  encloses fields encloses each that holds a quote, and doubles it there; Excel does so for commas
+  too. GLUE's files (`sentence<TAB>label`) have no quoting at all.
+- Backslashes, each before something that it could escape, and apostrophes, each where it could
+  enclose: such files are rare, and nobody can know.
+
+What cannot be known is refused, with the line and the values of `quoting` that settle it.
+"""
+
+import csv
+import re
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ..errors import DataError
+from .columns import LABEL_COLUMN, normalize
+
+DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
+QUOTINGS: dict[str, dict[str, Any]] = {
+    "standard": {},
+    "none": {"quoting": csv.QUOTE_NONE},
+    "single": {"quotechar": "'"},
+    "escaped": {"escapechar": "\\"},
+    "escaped-none": {"escapechar": "\\", "quoting": csv.QUOTE_NONE},
+    "spaced": {"skipinitialspace": True},
+}
+"""Ways of writing fields, as the csv module is told of them."""
+MEANING = {
+    "standard": "quotes enclose fields",
+    "none": "quotes belong to the text",
+    "single": "apostrophes enclose fields",
+    "escaped": "a backslash escapes what follows it",
+    "escaped-none": "a backslash escapes what follows it and quotes belong to the text",
+    "spaced": "white space behind a delimiter does not count",
+}
+NEVER_CLOSED = (
+    "a quote opens here and is never closed; close it, or give --quoting none if quotes belong to "
+    "the text"
+)
+BEHIND_QUOTE = (
+    "a closing quote is followed by neither a delimiter nor a line end; double it, or give "
+    "--quoting none if quotes belong to the text"
+)
+MIN_DOUBLED = 3
+"""Enclosed fields with doubled quotes that prove a program's quoting in a file of GLUE's shape,
+which should have none; fewer may be the texts' own."""
+
+
+@dataclass
+class Rows:
+    """What a file holds if it is written in one way."""
+
+    quoting: str
+    texts: list[str] = field(default_factory=list)
+    labels: list[Any] = field(default_factory=list)
+    lines: "array[int]" = field(default_factory=lambda: array("q"))
+    """On which each row begins."""
+    bad: list[str] = field(default_factory=list)
+    """What cannot be a row: `line 7: the label is empty`."""
+
+    @property
+    def works(self) -> bool:
+        return not self.bad and bool(self.texts)
+
+    def add(self, line: int, text: str, label: Any) -> None:
+        self.lines.append(line)
+        self.texts.append(text)
+        self.labels.append(label)
+
+    def equal(self, other: "Rows") -> bool:
+        return self.texts == other.texts and self.labels == other.labels
+
+
+@dataclass(frozen=True)
+class Signs:
+    """Whether a file has characters that could mean something other than themselves."""
+
+    quotes: bool
+    apostrophes: bool
+    escapes: bool
+    """Backslashes, of which each stands where it could escape something."""
+    mixed_ends: bool
+    """Line ends of which some are `\\r` alone: such a file is in no unusual dialect as well."""
+
+
+def find_signs(content: str) -> Signs:
+    """content: all of the file"""
+    escape = re.compile(r"\\(?:[\\\"'\r\n,;|\t]|(.|\Z))")
+    may_escape = "\\" in content and all(m[1] is None for m in escape.finditer(content))
+    mixed_ends = "\n" in content and re.search(r"\r(?!\n)", content) is not None
+    return Signs('"' in content, "'" in content, may_escape, mixed_ends)
+
+
+def is_glue(delimiter: str, header: list[str]) -> bool:
+    """Whether a file has the shape of GLUE's SST-2."""
+    return delimiter == "\t" and sorted(map(normalize, header)) == [LABEL_COLUMN, "sentence"]
+
+
+def choose_quoting(
+    attempt: Callable[[str], Rows], signs: Signs, delimiter: str, header: list[str], usual: str
+) -> Rows:
+    """The rows of a file in the way in which it is written.
+
+    attempt: reads the file in one of QUOTINGS. usual: the one in which its header reads well.
+    Raises DataError where it is in doubt: `line 7: …`.
+    """
+    rows = attempt(usual)
+    if signs.quotes and usual == "standard":
+        rows = _weigh_quotes(rows, attempt("none"), delimiter == "\t", is_glue(delimiter, header))
+        is_spaced = delimiter != "\t" and all(name[:1] == " " for name in header[1:])
+        if is_spaced and not rows.works and attempt("spaced").works:
+            rows = attempt("spaced")
+    if signs.escapes:
+        ways = [way for way in map(attempt, ("escaped", "escaped-none")) if way.works]
+        if ways and rows.works:
+            _refuse(rows, ways[0])
+        if len(ways) > 1 and not ways[0].equal(ways[1]):
+            _refuse(*ways)
+        if ways and not signs.mixed_ends:
+            rows = ways[0]
+    if signs.apostrophes:
+        single = attempt("single")
+        if single.works and not rows.works and not signs.mixed_ends:
+            rows = single
+        elif single.works and rows.works and _may_be_single(rows, single):
+            _refuse(rows, single)
+    if signs.escapes and rows.works and rows.quoting == "single":
+        raise DataError(
+            "line 1: apostrophes enclose fields here, and backslashes could escape what follows "
+            "them; give --quoting single if they are only themselves"
+        )
+    return rows
+
+
+def _weigh_quotes(standard: Rows, plain: Rows, is_tab: bool, is_glue: bool) -> Rows:
+    """Do quotes enclose fields (`standard`), or do they belong to the texts (`plain`)?"""
+    if not plain.works:
+        return plain if is_glue and not standard.works else standard
+    if not standard.works:
+        # Without a delimiter or a line end behind it, it was no closing quote.
+        was_text = standard.bad and standard.bad[-1].endswith(BEHIND_QUOTE)
+        encloses = any(text[:1] == text[-1:] == '"' for text in plain.texts)
+        return plain if is_tab or (was_text and not encloses) else standard
+    if standard.equal(plain):
+        return standard
+    if len(standard.texts) != len(plain.texts):
+        if is_tab or _joins_rows(standard, plain):
+            _refuse(standard, plain)
+        return standard
+    if not is_tab:
+        return standard
+    enclosed: list[str] = []
+    others: list[str] = []
+    for text, as_it_stands in zip(standard.texts, plain.texts, strict=True):
+        (others if text == as_it_stands else enclosed).append(text)
+    if is_glue:
+        if not _encloses_all_with('"', enclosed, others):
+            return plain
+        if len(enclosed) < MIN_DOUBLED:
+            _refuse(standard, plain)
+        return standard
+    if not others or any(_encloses_all_with(these, enclosed, others) for these in ('"', '",')):
+        return standard
+    if not any('"' in text for text in others):
+        _refuse(standard, plain)
+    return plain
+
+
+def _encloses_all_with(characters: str, enclosed: list[str], others: list[str]) -> bool:
+    """Whether exactly the texts that hold one of these characters are enclosed."""
+    needs_it = re.compile(f"[{characters}]").search
+    return all(map(needs_it, enclosed)) and not any(map(needs_it, others))
+
+
+def _joins_rows(standard: Rows, plain: Rows) -> bool:
+    """Whether quotes join lines of which one, but the last of them, ends in a label."""
+    owners = np.searchsorted(standard.lines, plain.lines, side="right").tolist()
+    inner = [label for (a, b), label in zip(pairwise(owners), plain.labels, strict=False) if a == b]
+    known = set(standard.labels)
+    if len(known) > 1:
+        return any(label in known for label in inner)
+    return any(re.fullmatch(r'[^\s"]{1,30}', label) for label in inner)
+
+
+def _may_be_single(rows: Rows, single: Rows) -> bool:
+    """Whether apostrophes join lines, or are doubled in one text, or stand around all of them.
+
+    A program that encloses with them would have enclosed every text that holds one: `it's`.
+    """
+    if any("'" in text for text in {*rows.texts} & {*single.texts}):
+        return False
+    if len(rows.texts) != len(single.texts):
+        return True
+    enclosed = [b for a, b in zip(rows.texts, single.texts, strict=True) if a != b]
+    return len(enclosed) == len(rows.texts) or any("'" in text for text in enclosed)
+
+
+def _refuse(one: Rows, other: Rows) -> NoReturn:
+    pairs = (zip(way.texts, way.labels, way.lines, strict=True) for way in (one, other))
+    line = max(one.lines[-1], other.lines[-1])  # where one of them has rows beyond the other's
+    for (*ours, our_line), (*theirs, their_line) in zip(*pairs, strict=False):
+        if ours != theirs:
+            line = min(our_line, their_line)
+            break
+    raise DataError(
+        f"line {line}: two ways of reading differ from here on; give --quoting {one.quoting} if "
+        f"{MEANING[one.quoting]}, or --quoting {other.quoting} if {MEANING[other.quoting]}"
+    )
