@@ -11,7 +11,7 @@ All else is refused with this list. (A string is no list of texts, though it is 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypeGuard
 
 from ..errors import DataError
 from ..printing import visible
@@ -103,7 +103,7 @@ def _split_columns(data: object, name: str) -> tuple[Any, Any]:
     columns = _column_names(data)
     if columns is not None:
         return _take_columns(data, columns, name)
-    if isinstance(data, (set, frozenset)) or not isinstance(data, Iterable):
+    if not _is_column(data):
         raise DataError(f"{name} is {_describe(data)}; {FORM}")
     items = list(data)
     if not items:
@@ -171,14 +171,13 @@ def _as_list(column: Any, name: str) -> list[Any] | tuple[Any, ...]:
         return column
     if not _is_column(column):
         raise DataError(f"{name} has {shorten(column)} where a list is expected; {FORM}")
-    if hasattr(column, "to_pylist"):  # Arrow
-        column = column.to_pylist()
-    elif _is_tensor(column):
-        column = column.tolist()
-    return list(column)
+    values: Any = column
+    if hasattr(values, "to_pylist"):  # Arrow
+        return list(values.to_pylist())
+    return list(values.tolist() if _is_tensor(values) else values)
 
 
-def _is_column(value: object) -> bool:
+def _is_column(value: object) -> TypeGuard[Iterable[Any]]:
     """Whether it is a row of values; a string is none, and neither is a tensor without axes."""
     return (
         isinstance(value, Iterable)

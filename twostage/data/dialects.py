@@ -19,7 +19,7 @@ What cannot be known is refused, with the line and the values of `quoting` that 
 import csv
 import re
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, NoReturn
@@ -85,24 +85,33 @@ class Rows:
         return self.texts == other.texts and self.labels == other.labels
 
 
-@dataclass(frozen=True)
+@dataclass
 class Signs:
     """Whether a file has characters that could mean something other than themselves."""
 
-    quotes: bool
-    apostrophes: bool
-    escapes: bool
+    quotes: bool = False
+    apostrophes: bool = False
+    escapes: bool = False
     """Backslashes, of which each stands where it could escape something."""
-    mixed_ends: bool
+    mixed_ends: bool = False
     """Line ends of which some are `\\r` alone: such a file is in no unusual dialect as well."""
 
 
-def find_signs(content: str) -> Signs:
-    """content: all of the file"""
+def find_signs(lines: Iterable[str]) -> Signs:
+    """lines: all of the file, with their ends"""
     escape = re.compile(r"\\(?:[\\\"'\r\n,;|\t]|(.|\Z))")
-    may_escape = "\\" in content and all(m[1] is None for m in escape.finditer(content))
-    mixed_ends = "\n" in content and re.search(r"\r(?!\n)", content) is not None
-    return Signs('"' in content, "'" in content, may_escape, mixed_ends)
+    signs, has_backslash, has_literal = Signs(), False, False
+    ends = set()
+    for line in lines:
+        ends.add(line[-1:])
+        signs.quotes = signs.quotes or '"' in line
+        signs.apostrophes = signs.apostrophes or "'" in line
+        if not has_literal and "\\" in line:
+            has_backslash = True
+            has_literal = any(match[1] is not None for match in escape.finditer(line))
+    signs.escapes = has_backslash and not has_literal
+    signs.mixed_ends = len(ends) > 1
+    return signs
 
 
 def is_glue(delimiter: str, header: list[str]) -> bool:

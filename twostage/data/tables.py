@@ -37,7 +37,6 @@ from .dialects import (
     NEVER_CLOSED,
     QUOTINGS,
     Rows,
-    Signs,
     choose_quoting,
     find_signs,
     is_glue,
@@ -82,9 +81,12 @@ def read_table(
     delimiter, quoting = _check_delimiter(delimiter), _check_quoting(quoting)
     path = Path(path)
     file = open_text(path, encoding)
-    content = file.decode()
-    found = re.search(r"\S.*", content)
-    first_line = found[0] if found else ""
+    try:
+        first_line, has_nul = _glance(file)
+    except UnicodeDecodeError:
+        raise file.explain() from None
+    if has_nul:
+        raise file.explain()
     if not first_line:
         raise DataError(f"{path} is empty; expected a header with 'text' and 'label', then rows")
     is_json = path.suffix.lower() in _JSON_SUFFIXES
@@ -92,13 +94,11 @@ def read_table(
         if not is_json:
             _say(path, "is read as JSONL, one object a line")
         rows = _read_json(file, columns)
-    elif re.match(r'"?sep=.?"?\s*$', first_line, re.IGNORECASE):
+    elif re.fullmatch(r'"?sep=.?"?', first_line, re.IGNORECASE):
         raise DataError(f"{path}, line 1: 'sep=' is meant for Excel alone; remove the line")
     else:
-        signs = find_signs(content)
-        del content  # a string takes up to four bytes a character
         with _long_fields(len(file.raw)):
-            rows = _read_delimited(file, columns, signs, delimiter, quoting)
+            rows = _read_delimited(file, columns, delimiter, quoting)
     if rows.bad:
         raise DataError(list_bad_rows(str(path), rows.bad))
     if not rows.texts:
@@ -148,8 +148,17 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
             (quoting_writer if has_return else writer).writerow(row)
 
 
+def _glance(file: TextFile) -> tuple[str, bool]:
+    """(the first line that is not blank, whether any holds a NUL). Raises UnicodeDecodeError."""
+    first_line, has_nul = "", False
+    for line in file.lines():
+        first_line = first_line or line.strip()
+        has_nul = has_nul or "\0" in line
+    return first_line, has_nul
+
+
 def _read_delimited(
-    file: TextFile, columns: Columns, signs: Signs, delimiter: str | None, quoting: str | None
+    file: TextFile, columns: Columns, delimiter: str | None, quoting: str | None
 ) -> Rows:
     """The rows of a CSV or TSV file. Raises DataError where it is in doubt how it is written."""
     usual = "\t" if file.path.suffix.lower() in (".tsv", ".tab") else ","
@@ -164,6 +173,7 @@ def _read_delimited(
         return _read_rows(file, columns, found, quoting, only_try=True)
 
     try:
+        signs = find_signs(file.lines())
         rows = choose_quoting(attempt, signs, found, header, header_quoting)
     except DataError as error:
         raise DataError(f"{file.path}, {error}") from None

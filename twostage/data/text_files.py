@@ -25,7 +25,6 @@ _OTHER_FILES = (
     (b"<html", "a web page", "download the file itself"),
     (b"<?xml", "an XML document", "save the table as CSV"),
 )
-_REMEDY = "save the file as UTF-8, or name its encoding with --encoding (often utf-16 or cp1252)"
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,10 @@ class TextFile:
     encoding: str
 
     def lines(self) -> Iterator[str]:
-        """Each with its end (`\\n`, `\\r\\n` or `\\r`), the last one too; no byte order mark."""
+        """Each with its end (`\\n`, `\\r\\n` or `\\r`), the last one too; no byte order mark.
+
+        Raises UnicodeDecodeError; see `explain`.
+        """
         end = "\n"
         file = io.TextIOWrapper(io.BytesIO(self.raw), self.encoding, newline="")
         for number, line in enumerate(file, 1):
@@ -53,34 +55,36 @@ class TextFile:
             else:
                 yield line + end
 
-    def decode(self) -> str:
-        """All of it. Raises DataError naming the line that is not text in this encoding."""
-        problem, remedy = "", _REMEDY
+    def explain(self) -> DataError:
+        """Why it is not text in this encoding, with the line where that shows."""
+        remedy = (
+            "save the file as UTF-8, or name its encoding with --encoding (often utf-16 or cp1252)"
+        )
         try:
             content = self.raw.decode(self.encoding)
-            before = content.partition("\0")[0]
-            if len(before) < len(content):
-                problem = "holds a NUL byte"
-                if content.count("\0") < len(content) / 10:  # in UTF-16 it is every other byte
-                    remedy = f"remove it, or {remedy}"
+            before, problem = content.partition("\0")[0], "holds a NUL byte"
+            if content.count("\0") < len(content) / 10:  # in UTF-16 it is every other byte
+                remedy = f"remove it, or {remedy}"
         except UnicodeDecodeError as error:
             before = self.raw[: error.start].decode(self.encoding, errors="replace")
             problem = f"not valid {self.encoding.upper()} ({error.reason})"
             if self.raw.startswith((b"\xff\xfe", b"\xfe\xff")):
                 remedy = "the file begins as UTF-16 does: give --encoding utf-16"
-        except (LookupError, ValueError):
-            raise UsageError(
-                f"encoding is {self.encoding!r}; expected a name that Python knows, such as "
-                "utf-8, utf-16 or cp1252"
-            ) from None
-        if problem:
-            line = len(re.findall(r"\r\n|\r|\n", before)) + 1
-            raise DataError(f"{self.path}, line {line}: {problem}; {remedy}")
-        return content.removeprefix("\ufeff")
+        line = len(re.findall(r"\r\n|\r|\n", before)) + 1
+        return DataError(f"{self.path}, line {line}: {problem}; {remedy}")
 
 
 def open_text(path: Path, encoding: str) -> TextFile:
-    """Raises DataError for a file that cannot be read, or is known to be no text."""
+    """Raises DataError for a file that cannot be read or is known to be no text, and UsageError."""
+    try:
+        is_text = "".encode(encoding) is not None and isinstance(b"".decode(encoding), str)
+    except (LookupError, ValueError):
+        is_text = False
+    if not is_text:
+        raise UsageError(
+            f"encoding is {encoding!r}; expected a name that Python knows, such as utf-8, utf-16 "
+            "or cp1252"
+        )
     try:
         raw = path.read_bytes()
     except FileNotFoundError:

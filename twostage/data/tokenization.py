@@ -7,6 +7,7 @@ truncates and pads every text to 128 tokens.) Ids equal those of transformers' B
 
 import json
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,19 +67,19 @@ def tokenize(
     show_progress: bool = False,
 ) -> TokenStore:
     """Token ids of all texts, [CLS] and [SEP] included, each cut to `max_length` tokens."""
-    lengths: list[int] = []
+    lengths = [np.zeros(1, dtype=np.int64)]
     chunks = [np.zeros(0, dtype=np.int32)]
     tokenizer.enable_truncation(max_length)
     try:
         with progress_bar(description, len(texts), "text", show_progress) as bar:
             for start in range(0, len(texts), _CHUNK):
                 encodings = _encode(tokenizer, list(texts[start : start + _CHUNK]), start)
-                lengths += [len(ids) for ids in encodings]
-                chunks += [np.array(ids, dtype=np.int32) for ids in encodings]
+                lengths.append(np.array([len(ids) for ids in encodings], dtype=np.int64))
+                chunks.append(np.fromiter(chain.from_iterable(encodings), dtype=np.int32))
                 bar.update(len(encodings))
     finally:
         tokenizer.no_truncation()
-    offsets = np.cumsum([0, *lengths], dtype=np.int64)
+    offsets = np.cumsum(np.concatenate(lengths))
     return TokenStore(torch.from_numpy(np.concatenate(chunks)), torch.from_numpy(offsets))
 
 
