@@ -58,6 +58,10 @@ STARTED_BY = {
     "python benchmarks/kernel_throughput.py": HERE + "test_the_kernels_benchmark_asks_for_a_gpu",
     "python benchmarks/kernel_throughput.py --rehearse": HERE
     + "test_the_kernels_benchmark_rehearses_on_a_cpu",
+    "python benchmarks/million_rows.py --data demo": "test_million_rows.py::"
+    "test_large_tables_are_measured_in_both_ways",
+    "python benchmarks/million_rows.py --model bert-base": "test_million_rows.py::"
+    "test_large_tables_are_measured_in_both_ways",
     "python benchmarks/predict_throughput.py --data demo": "test_whole_job_benchmarks.py::"
     "test_the_rehearsal_of_predicting_marks_the_best_pipeline",
     "python benchmarks/predict_throughput.py --model bert-base": "test_whole_job_benchmarks.py::"
