@@ -65,7 +65,11 @@ def main() -> None:
         record = describe_environment(options.device) | {"model": options.model}
         name = f"million_rows-{options.model}-{describe_place(record)}"
         for done in run_jobs(Path(__file__), jobs):
-            record |= {"rows": [{k: v for k, v in row.items() if k != "table"} for row in done]}
+            record |= {
+                "rows": [
+                    {k: v for k, v in row.items() if k not in ("table", "model")} for row in done
+                ]
+            }
             save(options.output, name, describe(record), record)
     print(f"{describe(record)}\n\n{json.dumps(record)}")
 
