@@ -6,18 +6,20 @@ Start reading at `two_stage.py`. Names below load on first use, so that `import 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .data.tables import Table as Table
+    from .data.containers import Table as Table
+    from .data.tables import read_table as read_table
     from .errors import TwoStageError as TwoStageError
     from .recipe import Recipe as Recipe
     from .two_stage import train_two_stage as train_two_stage
 
 __version__ = "0.1.0"
-__all__ = ["Recipe", "Table", "TwoStageError", "train_two_stage"]
+__all__ = ["Recipe", "Table", "TwoStageError", "read_table", "train_two_stage"]
 
 _MODULE_OF = {
     "Recipe": ".recipe",
-    "Table": ".data.tables",
+    "Table": ".data.containers",
     "TwoStageError": ".errors",
+    "read_table": ".data.tables",
     "train_two_stage": ".two_stage",
 }
 

@@ -363,7 +363,8 @@ def _add_table_options(parser: argparse.ArgumentParser) -> None:
         "--quoting",
         metavar="HOW",
         help="standard: quotes enclose fields; none: they belong to the text; single: apostrophes "
-        "enclose; escaped: a backslash escapes; spaced: white space behind a delimiter is dropped",
+        "enclose; escaped: a backslash escapes what follows; escaped-none: the same, and quotes "
+        "belong to the text; spaced: white space behind a delimiter is dropped",
     )
     add("--encoding", default="utf-8", metavar="NAME", help="such as cp1252")
 
