@@ -10,8 +10,9 @@ import pandas as pd
 import pytest
 
 from twostage.cli import main
-from twostage.data.tables import write_table
+from twostage.data.tables import TableOptions, write_table
 from twostage.errors import UsageError
+from twostage.experiment import read_data
 from twostage.files import write_json
 from twostage.printing import format_table, visible
 from twostage.recipe import Recipe
@@ -121,6 +122,34 @@ def test_the_flags_of_tables_reach_every_command(run: Run, train: Run, tmp_path:
     )
     assert (code, err) == (0, "")
     assert "12 positive, 3 negative" in out
+
+
+def test_what_augment_writes_is_read_as_it_is_written(run: Run, train: Run, tmp_path: Path) -> None:
+    data = folder_with(tmp_path / "d", {})
+    content = '"schön, so" film|1\nfine|1\nbad|0\nnothing|0\n' * 3
+    for name in ("train.csv", "test.csv"):
+        (data / name).write_bytes(f"Review|Stars\n{content}".encode("cp1252"))
+    flags = ["--delimiter", "|", "--quoting", "none", "--encoding", "cp1252"]
+    flags += ["--text-column", "review", "--label-column", "Stars"]
+    assert run("augment", "-d", data, "--offline", *flags)[0] == 0
+    recipe = Recipe(method="augment")
+    options: TableOptions = {
+        "delimiter": "|",
+        "quoting": "none",
+        "encoding": "cp1252",
+        "text_column": "review",
+        "label_column": "Stars",
+    }
+    augmented = read_data(data, recipe, **options).augmented
+    oracle = pd.read_csv(data / "aug.csv")
+    assert augmented is not None
+    assert list(augmented.texts) == list(oracle["text"])
+    assert any('"schön, so"' in text for text in augmented.texts)
+    code, _, err = train(data, "--method", "augment", "-e", 1, *flags)
+    assert (code, err) == (0, "")
+    # Another table of that name is read as the others are.
+    (data / "aug.csv").write_bytes(f"Review|Stars\n{content}".encode("cp1252"))
+    assert len(read_data(data, recipe, **options).augmented or ()) == 12
 
 
 def test_an_unknown_quoting_is_a_usage_error(train: Run, tmp_path: Path) -> None:
@@ -256,11 +285,21 @@ def test_a_hostile_label_reaches_no_screen(run: Run, train: Run, tmp_path: Path)
     assert (code, err) == (0, "")
     code, offline, err = run("augment", "-d", data, "--offline")
     assert (code, err) == (0, "")
-    for text in (out, more, offline):
+    command = ("downsample", "-i", data, "-o", tmp_path / "x\x1b[31m", "--rates", "0.5")
+    lines = "".join(f"a\t{i % 2}\n" for i in range(8))
+    for name in ("train.csv", "test.csv"):
+        (data / name).unlink()
+    for name in ("train.tsv", "dev.tsv"):
+        (data / name).write_text("sentence\tlabel\n" + lines)
+    code, downsampled, err = run(*command)
+    assert (code, err) == (0, "")
+    for text in (out, more, offline, downsampled):
         assert text.replace("\n", "").isprintable()
     report = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert report["classes"][0]["name"] == HOSTILE, "files keep what the data say"
-    write_table(data / "test.csv", ("text", "label"), [("a", HOSTILE + "?")])
+    data = tmp_path / "e"
+    write_table(data / "train.csv", ("text", "label"), [("a", "x"), ("b", "y")])
+    write_table(data / "test.csv", ("text", "label"), [("a", HOSTILE)])
     code, out, err = train(data)
     assert code == 3
     assert err.count("\n") == 1

@@ -44,7 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if unknown:
             # Their names alone: a value may be a key that was given under a wrong name.
             names = [word.partition("=")[0] for word in unknown if word.startswith("-")]
-            parser.error(f"unrecognized arguments: {' '.join(names) or 'a word too many'}")
+            shown = visible(" ".join(names) or "a word too many")
+            parser.error(f"unrecognized arguments: {shown}")
         with warnings.catch_warnings():
             warnings.simplefilter("default", TwoStageWarning)
             warnings.showwarning = _show_warning
@@ -321,7 +322,7 @@ def _add_evaluate(commands: "_Commands[argparse.ArgumentParser]") -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="CSV or TSV with the columns text and label",
+        help="CSV, TSV or JSONL with the columns text and label",
     )
     parser.add_argument(
         "-o",
@@ -415,7 +416,7 @@ def _downsample(options: argparse.Namespace) -> None:
         **_table_options(options),
     )
     for folder, positives, negatives in written:
-        print(f"{folder}: {positives} positive, {negatives} negative")
+        print(visible(f"{folder}: {positives} positive, {negatives} negative"))
 
 
 def _augment(options: argparse.Namespace) -> None:
@@ -534,7 +535,8 @@ def _train(options: argparse.Namespace) -> None:
     )
     print("\n" + format_results(result))
     models = ", and a folder for each seed's model" if options.save_models else ""
-    print(f"written: {options.output_path}/results.csv, ave_sst.csv, metrics.json, log.csv{models}")
+    files = f"{options.output_path}/results.csv, ave_sst.csv, metrics.json, log.csv{models}"
+    print(visible(f"written: {files}"))
 
 
 def _evaluate(options: argparse.Namespace) -> None:

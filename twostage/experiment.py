@@ -22,7 +22,14 @@ from pathlib import Path
 from typing import NamedTuple, TextIO, Unpack
 
 from .data.classes import Classes, find_classes
-from .data.tables import Table, TableOptions, find_table, read_table, write_table
+from .data.tables import (
+    Table,
+    TableOptions,
+    find_table,
+    read_augmented,
+    read_table,
+    write_table,
+)
 from .data.tokenization import load_tokenizer, tokenize
 from .errors import DataError, writing_to
 from .files import write_json
@@ -168,7 +175,8 @@ def read_data(data_path: Path, recipe: Recipe, **options: Unpack[TableOptions]) 
     classes.encode(test)
     if not recipe.needs_augmented:
         return ExperimentData(train, test)
-    augmented = read_table(find_table(data_path, "aug", who="method 'augment'"), **options)
+    path = find_table(data_path, "aug", who="method 'augment'")
+    augmented = read_augmented(path, **options)
     classes.encode(augmented)
     return ExperimentData(train, test, augmented)
 

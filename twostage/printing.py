@@ -1,6 +1,22 @@
 """Text for people: tables, and names that came from outside."""
 
+import re
+import unicodedata
 from collections.abc import Iterable, Sequence
+
+# Fillers, blanks and selectors that Unicode does not count among its format characters.
+_BLANK = re.compile(
+    "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u2800\u3164\ufe00-\ufe0f\uffa0"
+    "\U000e0100-\U000e01ef]"
+)
+
+
+def without_invisible(text: str) -> str:
+    """`text` without what prints as nothing: zero-width and control characters, fillers."""
+    if text.isascii() and text.isprintable():
+        return text
+    shown = [c for c in text if unicodedata.category(c) not in ("Cf", "Cc") or c in "\t\n\r"]
+    return _BLANK.sub("", "".join(shown))
 
 
 def visible(text: str) -> str:

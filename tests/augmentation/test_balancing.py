@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from twostage.augmentation.balancing import Walk, choose_rows, count_draws
-from twostage.augmentation.folder import HEADER, choose_table
+from twostage.augmentation.folder import choose_table
 from twostage.augmentation.paraphrase import Paraphrase, Pool
-from twostage.data.tables import Classes, Table, write_table
+from twostage.data.classes import Classes
+from twostage.data.tables import AUGMENTED_COLUMNS, Table, write_table
 
 
 def literal_walk(labels: list[int], num_classes: int) -> list[tuple[int, int]]:
@@ -116,6 +117,6 @@ def test_a_class_with_too_few_gives_all_it_has() -> None:
 
 def test_the_file_is_written_as_pandas_writes_it(tmp_path: Path) -> None:
     rows = [(3, 'said "no", twice', "0"), (0, "two\nlines", "1"), (12, "", "0")]
-    write_table(tmp_path / "aug.csv", HEADER, rows)
-    frame = pd.DataFrame(rows, columns=list(HEADER))
+    write_table(tmp_path / "aug.csv", AUGMENTED_COLUMNS, rows)
+    frame = pd.DataFrame(rows, columns=list(AUGMENTED_COLUMNS))
     assert (tmp_path / "aug.csv").read_text() == frame.to_csv(index=False)

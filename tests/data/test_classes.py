@@ -124,6 +124,12 @@ def test_arrays_and_tensors_of_labels_work() -> None:
         table = as_table((texts, labels), "x")
         assert find_classes(table).names == ("0", "1")
         assert find_classes(table).encode(table).tolist() == [1, 0, 1]
+    for ratings in (
+        np.array([4.7, 5, 4.7], dtype=np.float32),
+        torch.tensor([4.7, 5, 4.7]),
+        pd.Series([4.7, 5, 4.7], dtype="float32"),
+    ):
+        assert find_classes(as_table((texts, ratings), "x")).names == ("4.7", "5")
     for bools in (np.array([True, False]), torch.tensor([True, False]), ["True", "False"]):
         assert find_classes(as_table((["a", "b"], bools), "x")).names == ("False", "True")
 
@@ -151,28 +157,53 @@ def test_near_twins_are_named_with_what_they_differ_in(other: str, kind: str) ->
     classes = find_classes(train)
     assert len(classes) == 3
     with pytest.warns(TwoStageWarning) as caught:
-        warn_of_twins(classes, classes.encode(train))
+        warn_of_twins(classes, train, classes.encode(train))
     (message,) = {str(warning.message) for warning in caught}
     assert "'spam' (30 rows)" in message
     assert "(2 rows)" in message
-    assert f"differ only in {kind}; if they are one class, write them alike" in message
+    assert f"differ only in {kind}; if they are one, write them alike" in message
     assert "ham'" not in message.replace("spam'", "")
     assert "\n" not in message
     assert message.isprintable(), "what is invisible is shown escaped"
 
 
-def test_forms_of_a_number_are_near_twins() -> None:
-    train = Table(["x"] * 3, ["01", "1", "2"])
-    with pytest.warns(TwoStageWarning, match=r"'01' \(1 row\) and '1' .* the form of a number"):
-        warn_of_twins(find_classes(train), np.array([0, 1, 2]))
-    with pytest.warns(TwoStageWarning, match="Unicode form"):
-        warn_of_twins(Classes(("cafe\u0301", "café"), "x"), np.array([0, 1]))
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["01", "1", "2"], r"'01' \(1 row\) and '1' .* the form of a number"),
+        (["cafe\u0301", "café"], r"'cafe\\u0301' .*'caf\\xe9' .* differ only in Unicode form"),
+        (['"1"', "1", "0"], "differ only in quotation marks"),
+        (["İyi", "iyi"], "differ only in case"),
+        (["a\u3164", "a"], "differ only in invisible characters"),
+        (["250", "250.0", "250", "9"], r"class '250' is written as '250' \(2 rows\) and '250.0'"),
+    ],
+)
+def test_what_may_be_a_slip_is_named(labels: list[str], message: str) -> None:
+    train = Table(["x"] * len(labels), labels)
+    classes = find_classes(train)
+    with pytest.warns(TwoStageWarning, match=message):
+        warn_of_twins(classes, train, classes.encode(train))
 
 
-def test_ordinary_classes_have_no_twins() -> None:
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["0", "1", "10", "-1", "a", "b", "ab"],
+        [1, "1", 0, np.int64(0)],
+        ["comp.sys.ibm.pc.hardware", "comp.sys.mac.hardware", "talk.politics.misc"],
+        ["joy", "sadness", "anger", "fear", "love", "surprise"],
+        ["1.0", "2.0", "3.0", "4.0", "5.0"],
+        ["A00.0", "A00.1", "A01.00", "U07.1"],
+        ["en", "en-GB", "pt", "pt-BR", "zh-Hans", "zh-Hant"],
+    ],
+    ids=str,
+)
+def test_ordinary_classes_have_no_twins(labels: list[Any]) -> None:
+    train = Table(["x"] * len(labels), labels)
+    classes = find_classes(train)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_twins(Classes(("0", "1", "10", "-1", "a", "b", "ab"), "x"), np.arange(7))
+        warn_of_twins(classes, train, classes.encode(train))
 
 
 def test_a_slip_in_the_test_data_is_said_first(tmp_path: Path) -> None:

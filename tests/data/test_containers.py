@@ -26,10 +26,23 @@ class Columns:
         return columns[name]
 
 
+class Lazy:
+    """A frame of polars or Spark."""
+
+    def collect(self) -> pd.DataFrame:
+        raise AssertionError("a whole cluster may be behind it")
+
+    @property
+    def columns(self) -> list[str]:
+        raise AssertionError("this asks for it")
+
+
 @pytest.mark.parametrize(
     "data",
     [
         Table(TEXTS, NAMES),
+        list(pd.DataFrame({"label": NAMES, "text": TEXTS}).itertuples(index=False)),
+        pd.DataFrame({"label": NAMES, "text": TEXTS}).itertuples(),
         (TEXTS, NAMES),
         [TEXTS, NAMES],
         (tuple(TEXTS), tuple(NAMES)),
@@ -98,7 +111,7 @@ def test_two_by_two_strings_that_could_be_either_are_refused(data: Any) -> None:
         (Path("train.csv"), "is PosixPath"),
         (None, "is NoneType"),
         (7, "is int"),
-        ([{"text": "a", "label": 1}], "is a list of a dict"),
+        ([{"text": "a", "label": 1}], "is a list of dicts"),
         (TEXTS, "is a list of strings"),
         ({"text": TEXTS}, "is a dict with the columns text"),
         ({"good": 1, "bad": 0}, "is a dict with the columns good, bad"),
@@ -106,14 +119,15 @@ def test_two_by_two_strings_that_could_be_either_are_refused(data: Any) -> None:
         (pd.DataFrame({"review": TEXTS, "label": NAMES}), "DataFrame with the columns review"),
         (pd.Series(TEXTS), "Series of strings"),
         ({"train": ROWS, "test": ROWS}, "columns train, test"),
-        (("good", [1, 0, 1, 1]), "is a tuple of a list and strings"),
-        ((TEXTS, "101"), "is a tuple of a list and strings"),
+        (("good", [1, 0, 1, 1]), "is a tuple of lists and strings"),
+        ((TEXTS, "101"), "is a tuple of lists and strings"),
         ({"text": "good", "label": "1"}, "has 'good' where a list is expected"),
         ((TEXTS, NAMES, NAMES), "of 3 items, of which number 0 has 3 values"),
         ([*ROWS, ("x",)], "of 4 items, of which number 3 has 1 value"),
         ({("good", 1), ("bad", 0)}, "is set"),
         (torch.tensor(1), "is torch.Tensor"),
-        ((TEXTS, torch.tensor(1)), "is a tuple of a list and torch.Tensor"),
+        (Lazy(), "Lazy, which has to be collected first"),
+        ((TEXTS, torch.tensor(1)), "is a tuple of lists and torch.Tensors"),
     ],
 )
 def test_all_else_is_refused_with_the_form(data: Any, what: str) -> None:
@@ -136,6 +150,9 @@ def test_all_else_is_refused_with_the_form(data: Any, what: str) -> None:
         ([], "train data has no rows"),
         (([], []), "train data has no rows"),
         ([("text", "label"), ("good", 1), ("bad", 0)], "row 0: the names of the columns stand"),
+        ([("label", "text"), ("1", "a"), ("0", "b")], "row 0: the names of the columns stand"),
+        ([("Text ", "Label"), ("a", "1"), ("b", "0")], "row 0: the names of the columns stand"),
+        ((["a", "b"], [1, 10**5_000]), "row 1: the label is a value of type int"),
     ],
 )
 def test_bad_rows_are_named(data: Any, what: str) -> None:

@@ -38,12 +38,32 @@ HEADERS = st.sampled_from([("text", "label"), ("label", "text"), ("sentence", "l
 SUFFIXES = st.sampled_from([".csv", ".tsv", ".txt"])
 
 
-@pytest.mark.parametrize("dialect", csv.list_dialects())
+class Semicolons(csv.excel):
+    """As a spreadsheet writes where the comma is the decimal sign."""
+
+    delimiter = ";"
+
+
+class Enclosed(csv.excel_tab):
+    quoting = csv.QUOTE_ALL
+
+
+class Named(csv.unix_dialect):
+    """As pandas writes with `quoting=csv.QUOTE_NONNUMERIC`."""
+
+    quoting = csv.QUOTE_NONNUMERIC
+    delimiter = "|"
+
+
+DIALECTS = [*csv.list_dialects(), Semicolons, Enclosed, Named]
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
 @settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=ROWS, header=HEADERS, suffix=SUFFIXES)
 def test_what_the_csv_module_writes_is_read_back_or_refused(
     tmp_path: Path,
-    dialect: str,
+    dialect: Any,
     rows: list[tuple[str, str]],
     header: tuple[str, str],
     suffix: str,
@@ -182,6 +202,63 @@ def test_what_cannot_be_known_is_refused_with_line_and_flag(
         assert list(table.texts) == list(oracle.drop(columns="label").iloc[:, 0])
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [
+        ("a.csv", 'text,label\nfine,1\n"a, b",0\n"great fun,1\ndull,0\nvery good",1\n', 4),
+        ("a.csv", 'text;label\n"a; b";0\n"great fun;1.0\nvery good";1\n', 3),
+        ("a.csv", 'label,text\n1,"great, fun\n0,dull\n1,very good"\n0,so\n', 3),
+        ("a.csv", 'title,text,label\n"a,b",c,ham\n"it,is,Ham\nso",it,ham\nx,y,spam\n', 3),
+        ("a.tsv", 'sentence\tlabel\n"a\nb"\t0\n"great fun\t1\nso it is"\t0\nx\t1\n', 4),
+        ("a.csv", 'text,label\n"a, b",0\nfine,"1\ndull,0\nx,1"\nso,1\n', 3),
+    ],
+)
+def test_quotes_that_join_rows_are_found_beside_others_that_do_not(
+    write: Write, name: str, content: str, line: int
+) -> None:
+    path = write(content, name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TwoStageWarning)
+        with pytest.raises(DataError, match=rf"line {line}: a quote joins this line with the next"):
+            read_table(path)
+        assert read_table(path, quoting="standard").texts, "unless it is told to"
+
+
+def test_lines_of_a_text_are_no_rows(write: Write) -> None:
+    reviews = ["Well, hello\nthere", "a\n\nb, c\nd", "Dear Sir, 1 thing\nand more", "x, y, 1\nz"]
+    frame = pd.DataFrame({"text": reviews, "label": [0, 1, 0, 1]})
+    path = write(frame.to_csv(index=False))
+    assert list(read_table(path).texts) == list(pd.read_csv(path)["text"]) == reviews
+
+
+def test_one_faulty_row_does_not_change_how_the_others_are_read(write: Write) -> None:
+    rows = '"line, ""0"""\t1\n' * 50
+    for header in ("text\tlabel\n", "sentence\tlabel\n"):
+        with pytest.raises(DataError, match="line 52: a closing quote is followed by neither"):
+            read_table(write(header + rows + '"bad" one\t0\n', "a.tsv"))
+    with pytest.raises(DataError, match="line 3: a closing quote is followed by neither"):
+        read_table(write('text,label\nfine,"1"\n"great" fun,"0"\n'))
+    table = read_table(write('sentence\tlabel\nfine\t1\nso\t"0"\nit\t0\n', "a.tsv"))
+    assert list(table.labels) == ["1", "0", "0"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        'text,label\n"{""a"": ""say \\""hi\\""""}",1\nb,0\n',
+        'text,label\n"D:\\",0\n"/\\",1\n',
+        "text,label\na \\| b,1\nb,0\n",
+        "text,label\n$\\alpha$ \\\\ so,1\nb,0\n",
+        'text,label\n"\\\\server\\dir, it is",1\nb,0\n',
+        "text,label\nit's,1\n'so',0\n",
+    ],
+    ids=ascii,
+)
+def test_ordinary_backslashes_and_apostrophes_are_themselves(write: Write, content: str) -> None:
+    path = write(content)
+    assert list(read_table(path).texts) == list(pd.read_csv(path)["text"])
+
+
 @pytest.mark.parametrize("enclosed", [r'"a, \"b\""', r'"\\, \"c"'])
 def test_backslashes_that_escape_are_found_where_nothing_else_works(
     write: Write, enclosed: str
@@ -226,11 +303,14 @@ def test_what_is_given_is_not_guessed(write: Write) -> None:
 
 
 def test_a_file_may_end_its_lines_in_one_way_only(write: Write) -> None:
-    with pytest.raises(DataError, match="line 3: a carriage return stands inside"):
+    with pytest.raises(DataError, match=r"line 3: some lines end in \\r and some in \\n; save"):
         read_table(write("text,label\nfine,1\n\rbad,0\n"))
-    with pytest.raises(DataError, match=r"line 2: the line ends in \\r\\n"):
+    with pytest.raises(DataError, match=r"line 3: some lines end in \\n and some in \\r\\n; save"):
         read_table(write("label,text\n1,fine\r\n0,bad\n"))
     assert read_table(write("text,label\nfine,1\r\nbad,0\n")).labels == ["1", "0"]
+    assert read_table(write("label,text\n1,fine\r\n0,bad\r\n")).texts == ["fine", "bad"]
+    # Python's csv module on Windows, without newline=""
+    assert read_table(write("text,label\r\r\nfine,1\r\r\nbad,0\r\r\n")).labels == ["1", "0"]
 
 
 @pytest.mark.parametrize(
@@ -247,21 +327,64 @@ def test_a_file_may_end_its_lines_in_one_way_only(write: Write) -> None:
         (b"text,label\na,1\ntext,label\nb,0\n", "line 3: the header stands here again"),
         (b"text,label\na,1\nSentence, Label\nb,0\n", "line 3: the header stands here again"),
         (b"text,label\na,1\nlabel,text\nb,0\n", "line 3: the header stands here again"),
+        ("text,label\na,1\n\ufefftext,label\nb,0\n".encode(), "line 3: the header stands here"),
+        ("text,label\na,1\n\ufefflabel,text\nb,0\n".encode(), "line 3: the header stands here"),
+        ("text,label\na,1\ntext\u200b,label\u200b\nb,0\n".encode(), "line 3: the header stands"),
+        ("text,label\na,1\nb,\u200b\n".encode(), "line 3: the label is empty"),
+        (b"text|label\n---|---\na|1\n", "line 2: a line of dashes is no row"),
         ("\u200btext,label\na,1\n".encode(), r"line 1: column '\\u200btext' holds the invisible"),
         ("text,la\u00adbel\na,1\n".encode(), r"line 1: column .* U\+00AD \(SOFT HYPHEN\); remove"),
         ("\ufeff\ufefftext,label\na,1\n".encode(), r"U\+FEFF"),
         (b"text,label\na\0b,1\n", "line 2: holds a NUL byte; remove it"),
-        ("text,label\na,1\n".encode("utf-16"), "begins as UTF-16 does: give --encoding utf-16"),
+        ("text,label\na,1\n".encode("utf-16"), "it looks like UTF-16: give --encoding utf-16"),
         (b"text,sentence,label\na,b,1\n", "'text' and 'sentence' could both be the text"),
-        (b"great fun,1\ndull,0\n", "the header is: great fun, 1; other names need --text-column"),
+        (b"great fun,1\ndull,0\n", "is: great fun, 1; other names .* without a header needs one"),
+        (b"text:label\na:1\n", "nothing splits the header 'text:label' into .*give --delimiter"),
+        (b'"text" "label"\n"a" "1"\n', "nothing splits the header .* give --delimiter"),
+        (
+            "text,label\na,1\n".encode("utf-16-le"),
+            "line 1: holds a NUL byte; .*--encoding utf-16-le",
+        ),
+        (
+            "text,label\na,1\n".encode("utf-16-be"),
+            "line 1: holds a NUL byte; .*--encoding utf-16-be",
+        ),
+        ("text,label\na,1\n".encode("utf-32"), "it looks like UTF-32: give --encoding utf-32"),
     ],
 )
 def test_junk_is_told_for_what_it_is(tmp_path: Path, content: bytes, message: str) -> None:
     path = tmp_path / "a.csv"
     path.write_bytes(content)
-    with pytest.raises(DataError, match=message) as caught:
-        read_table(path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TwoStageWarning)
+        with pytest.raises(DataError, match=message) as caught:
+            read_table(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "content", "message"),
+    [
+        ("utf-16", "text,label\na,1\n".encode("utf-16-le"), "BOM.*give --encoding utf-16-le"),
+        ("utf-16", b"text,label\na,1\n", "line 1: not valid UTF-16 .*save the file as UTF-8"),
+        ("utf-16", "text,label\na,1\n".encode("utf-16")[:-1], "not valid UTF-16 .*truncated"),
+        ("cp1252", "\ufefftext,label\na,1\n".encode(), "begins as UTF-8 does; leave out --enc"),
+    ],
+)
+def test_a_wrong_encoding_is_one_sentence(
+    tmp_path: Path, encoding: str, content: bytes, message: str
+) -> None:
+    path = tmp_path / "a.csv"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read_table(path, encoding)
+    assert str(path) in str(caught.value)
+
+
+def test_one_column_is_not_both(write: Write) -> None:
+    for options in ({"text_column": "label"}, {"label_column": "Text"}):
+        with pytest.raises(UsageError, match="expected two columns"):
+            read_table(write("text,label\na,1\n"), **options)
 
 
 def test_jsonl_is_read_wherever_csv_is(write: Write) -> None:
@@ -286,6 +409,7 @@ def test_jsonl_is_read_wherever_csv_is(write: Write) -> None:
         ('{"text": 5, "label": 1}', "line 2: the text is 5; expected a string"),
         ('{"text": "a", "text": "b", "label": 1}', "line 2: column 'text' occurs twice"),
         ('{"text": "a", "label": 1', "line 2: .* is not JSON"),
+        ('{"text": "text", "label": "label"}', "line 2: the names of the columns stand here"),
         ('["a", 1]', r"line 2: .* is not an object like {\"text\": \"fine\", \"label\": 1}"),
         ('{"text": "\\ud800", "label": 1}', "line 2: .* half of a character"),
     ],

@@ -26,7 +26,14 @@ from typing import Any, Unpack
 import numpy as np
 
 from ..data.classes import Classes, find_classes, warn_of_twins
-from ..data.tables import Table, TableOptions, find_table, read_table, write_table
+from ..data.tables import (
+    AUGMENTED_COLUMNS,
+    Table,
+    TableOptions,
+    find_table,
+    read_table,
+    write_table,
+)
 from ..errors import DataError, PartialOutputError, TwoStageError, UsageError, writing_to
 from ..files import write_json
 from ..printing import format_table, list_some, quoted, visible
@@ -53,7 +60,6 @@ AUG, PARTIAL, REPORT, BATCHES = (
     "augment_report.json",
     "batches.jsonl",
 )
-HEADER = ("org_ind", "text", "label")
 SHOWN_CLASSES = 20
 """Classes that the printed table has."""
 
@@ -321,7 +327,7 @@ def _write(
     if complete:
         _replace_table(data.folder / AUG, rows)
     elif rows:
-        write_table(partial, HEADER, rows)
+        write_table(partial, AUGMENTED_COLUMNS, rows)
     if complete or not rows:
         with writing_to(partial):
             partial.unlink(missing_ok=True)
@@ -344,7 +350,7 @@ def _replace_table(path: Path, rows: list[tuple[int, str, str]]) -> None:
     """Put the table in its place; another one that was there is kept as `.previous`, `.previous-2`
     and so on: it may be the authors' own."""
     new = path.with_name(path.name + ".new")
-    write_table(new, HEADER, rows)
+    write_table(new, AUGMENTED_COLUMNS, rows)
     with writing_to(path):
         if path.exists() and not filecmp.cmp(path, new, shallow=False):
             asides = (path.with_name(f"{path.name}.previous{n}") for n in _numbers())
@@ -405,7 +411,7 @@ def read_folder(data_path: Path, **options: Unpack[TableOptions]) -> TrainingDat
     table = read_table(find_table(data_path, "train"), **options)
     classes = find_classes(table)
     labels_N = classes.encode(table)
-    warn_of_twins(classes, labels_N)
+    warn_of_twins(classes, table, labels_N)
     return TrainingData(data_path, table, classes, labels_N)
 
 

@@ -17,6 +17,7 @@ import math
 import re
 import unicodedata
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -26,7 +27,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import DataError, TwoStageWarning
-from ..printing import list_some, quoted, visible
+from ..printing import list_some, quoted, visible, without_invisible
 
 if TYPE_CHECKING:
     from .tables import Table
@@ -44,9 +45,13 @@ _LOOK_ALIKE = str.maketrans(
 
 def is_label(label: object) -> bool:
     """Whether a value can name a class: a string, an integer, a bool or a finite float."""
+    if isinstance(label, str):
+        return bool(without_invisible(label).strip())
     if isinstance(label, (float, np.floating)):
         return math.isfinite(label)
-    return isinstance(label, (str, Integral, np.bool_)) and bool(str(label).strip())
+    if isinstance(label, np.bool_):
+        return True
+    return isinstance(label, Integral) and abs(int(label)) < 10**1_000  # Python prints no longer
 
 
 def class_name(label: object) -> str:
@@ -82,13 +87,14 @@ class Classes:
         for row in unknown:
             rows_of.setdefault(class_name(table.labels[row]), []).append(row)
         known = {_fold(name): name for name in self.names}
-        slips = [
-            f"{table.where(rows[0])}: class {quoted(name)} differs only in "
-            f"{_difference([name, known[_fold(name)]])} from class {quoted(known[_fold(name)])} of "
-            f"{self.source}; write both alike ({_count(len(rows), 'such row')})"
-            for name, rows in rows_of.items()
-            if _fold(name) in known
-        ]
+        slips = []
+        for name, rows in rows_of.items():
+            if _fold(name) in known:
+                kinds, (mine, its) = _difference([name, known[_fold(name)]])
+                slips.append(
+                    f"{table.where(rows[0])}: class {mine} differs only in {kinds} from class "
+                    f"{its} of {self.source}; write both alike ({_count(len(rows), 'such row')})"
+                )
         if slips:
             return list_some(slips, MAX_REPORTED)
         bad = [f"{table.where(row)}: class {quoted(table.labels[row])}" for row in unknown]
@@ -114,27 +120,35 @@ def find_classes(train: "Table") -> Classes:
     return Classes(tuple(ordered), train.source)
 
 
-def warn_of_twins(classes: Classes, labels_N: np.ndarray) -> None:
-    """Warn (TwoStageWarning), in one line, of classes that may be one, with their rows.
+def warn_of_twins(classes: Classes, table: "Table", labels_N: np.ndarray) -> None:
+    """Warn (TwoStageWarning), in one line, of classes that may be one, and of one written in
+    several ways, with their rows.
 
-    labels_N: [N] class indices of the training rows
+    table: the training data. labels_N: [N] their class indices
     """
     groups: dict[object, list[int]] = {}
     for c, name in enumerate(classes.names):
         groups.setdefault(_fold(name), []).append(c)
     counts_C = np.bincount(labels_N, minlength=len(classes)).tolist()
-    notes = [
-        " and ".join(f"{quoted(classes.names[c])} ({_count(counts_C[c], 'row')})" for c in group)
-        + f" differ only in {_difference([classes.names[c] for c in group])}"
-        for group in groups.values()
-        if len(group) > 1
-    ]
+    notes = []
+    for group in groups.values():
+        if len(group) > 1:
+            kinds, shown = _difference([classes.names[c] for c in group])
+            rows = [f"{name} ({_count(counts_C[c], 'row')})" for name, c in zip(shown, group)]  # noqa: B905
+            notes.append(
+                f"classes {' and '.join(rows)} differ only in {kinds}; if they are one, write them "
+                "alike"
+            )
+    spellings: dict[str, dict[str, int]] = {}
+    for spelling, count in Counter(str(label).strip() for label in table.labels).items():
+        spellings.setdefault(class_name(spelling), {})[spelling] = count
+    for name, counts in spellings.items():
+        if len(counts) > 1:
+            ways = [f"{quoted(way)} ({_count(n, 'row')})" for way, n in counts.items()]
+            notes.append(f"class {quoted(name)} is written as {' and '.join(ways)}")
     if notes:
         warnings.warn(
-            f"{classes.source}: classes {list_some(notes, MAX_REPORTED)}; if they are one class, "
-            "write them alike",
-            TwoStageWarning,
-            stacklevel=3,
+            f"{classes.source}: {list_some(notes, MAX_REPORTED)}", TwoStageWarning, stacklevel=3
         )
 
 
@@ -155,15 +169,6 @@ def _class_names(labels: Iterable[object]) -> list[str]:
     return found
 
 
-def _without_invisible(name: str) -> str:
-    """Without zero-width and control characters, soft hyphens and variation selectors."""
-    return "".join(
-        c
-        for c in name
-        if unicodedata.category(c) not in ("Cf", "Cc") and not "\ufe00" <= c <= "\ufe0f"
-    )
-
-
 def _as_number(name: str) -> str:
     """`01`, `1.0`, `1e0` → `1.0`; all else as it is."""
     try:
@@ -174,11 +179,12 @@ def _as_number(name: str) -> str:
 
 
 _FOLDS: dict[str, Callable[[str], str]] = {
-    "invisible characters": _without_invisible,
+    "invisible characters": without_invisible,
     "Unicode form": lambda name: unicodedata.normalize("NFKC", name),
-    "case": str.casefold,
+    "case": lambda name: name.casefold().replace("\u0307", ""),  # of the Turkish İ
     "white space": lambda name: "".join(name.split()),
     "letters that look alike": lambda name: name.translate(_LOOK_ALIKE),
+    "quotation marks": lambda name: name.strip("\"'“”"),
     "the form of a number": _as_number,
 }
 
@@ -190,13 +196,20 @@ def _fold(name: str, kinds: Iterable[str] = tuple(_FOLDS)) -> str:
     return name
 
 
-def _difference(names: Sequence[str]) -> str:
-    """In what names of one fold differ: the fewest kinds that explain it."""
-    for size in range(1, len(_FOLDS)):
-        for kinds in combinations(_FOLDS, size):
-            if len({_fold(name, kinds) for name in names}) == 1:
-                return " and ".join(kinds)
-    return ", ".join(_FOLDS)
+def _difference(names: Sequence[str]) -> tuple[str, list[str]]:
+    """(in what names of one fold differ, the names as a message shows them).
+
+    The fewest kinds that explain it. Names that print alike are shown in ASCII, with escapes.
+    """
+    kinds = next(
+        some
+        for size in range(1, len(_FOLDS) + 1)
+        for some in combinations(_FOLDS, size)
+        if len({_fold(name, some) for name in names}) == 1
+    )
+    print_alike = {"invisible characters", "Unicode form", "letters that look alike"}
+    show = ascii if print_alike & {*kinds} else quoted
+    return " and ".join(kinds), [show(name) for name in names]
 
 
 def _count(number: int, noun: str) -> str:

@@ -4,7 +4,8 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..printing import quoted, visible
+from ..errors import UsageError
+from ..printing import quoted, visible, without_invisible
 
 TEXT_COLUMNS = ("text", "sentence")
 """The second is GLUE's."""
@@ -17,6 +18,12 @@ class Columns:
 
     text: str | None = None
     label: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.label_name in self.text_names:
+            raise UsageError(
+                f"text and label column are both {quoted(self.label_name)}; expected two columns"
+            )
 
     @property
     def text_names(self) -> tuple[str, ...]:
@@ -39,11 +46,11 @@ class Columns:
         shown = visible(", ".join(header)[:200])
         wanted = (*self.text_names, self.label_name)
         for name in names:
-            hidden = [c for c in name if unicodedata.category(c) in ("Cf", "Cc")]
-            if hidden and name.translate(dict.fromkeys(map(ord, hidden))) in wanted:
+            if name not in wanted and without_invisible(name) in wanted:
+                hidden = next(c for c in name if c != without_invisible(c))
                 return (
-                    f"column {quoted(name)} holds the invisible character U+{ord(hidden[0]):04X} "
-                    f"({unicodedata.name(hidden[0], 'a control character')}); remove it"
+                    f"column {quoted(name)} holds the invisible character U+{ord(hidden):04X} "
+                    f"({unicodedata.name(hidden, 'a control character')}); remove it"
                 )
         for name in wanted:
             if names.count(name) > 1:
@@ -54,12 +61,13 @@ class Columns:
             return f"columns {both} could both be the text; name one with --text-column"
         return (
             f"expected columns {quoted(self.text_names[0])} and {quoted(self.label_name)}; the "
-            f"header is: {shown}; other names need --text-column and --label-column"
+            f"header is: {shown}; other names need --text-column and --label-column, and a file "
+            "without a header needs one"
         )
 
     def is_header(self, row: Sequence[str], header: Sequence[str]) -> bool:
         """Whether a row repeats the names of columns, these or GLUE's, in any order."""
-        values = [normalize(value) for value in row]
+        values = [normalize(without_invisible(value).strip().strip('"')) for value in row]
         if sorted(values) == sorted(map(normalize, header)):
             return True
         texts = (*self.text_names, *TEXT_COLUMNS)

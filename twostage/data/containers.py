@@ -13,10 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import PurePath
 from typing import Any, TypeGuard
 
+import numpy as np
+
 from ..errors import DataError
 from ..printing import visible
 from .classes import is_label, list_bad_rows
-from .columns import LABEL_COLUMN, TEXT_COLUMNS, Columns
+from .columns import LABEL_COLUMN, TEXT_COLUMNS, Columns, normalize
+
+_NAMES = (*TEXT_COLUMNS, LABEL_COLUMN)
 
 FORM = (
     "expected a Table, (texts, labels), a list of (text, label) pairs, or a mapping or data frame "
@@ -60,7 +64,9 @@ class Table:
         bad += [
             f"{self.where(row)}: the names of the columns stand among the rows; remove them"
             for row, label in enumerate(self.labels)
-            if isinstance(label, str) and label == LABEL_COLUMN and self.texts[row] in TEXT_COLUMNS
+            if isinstance(label, str)
+            and normalize(label) in _NAMES
+            and Columns().is_header([self.texts[row], label], [])
         ]
         if bad:
             raise DataError(list_bad_rows(self.source, bad))
@@ -92,7 +98,10 @@ def as_table(data: LabelledTexts, name: str) -> Table:
 
 def shorten(value: object) -> str:
     """A value as a message shows it."""
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        shown = f"a value of type {type(value).__name__}"
     return visible(shown if len(shown) <= 60 else shown[:60] + "…")
 
 
@@ -100,6 +109,8 @@ def _split_columns(data: object, name: str) -> tuple[Any, Any]:
     """(texts, labels). Raises DataError."""
     if isinstance(data, (str, bytes, PurePath)):
         raise DataError(f"{name} is {shorten(data)}; {FORM} (read_table reads a file)")
+    if hasattr(data, "collect"):  # a frame of polars or Spark that is not there yet
+        raise DataError(f"{name} is {_describe(data)}, which has to be collected first; {FORM}")
     columns = _column_names(data)
     if columns is not None:
         return _take_columns(data, columns, name)
@@ -109,8 +120,14 @@ def _split_columns(data: object, name: str) -> tuple[Any, Any]:
     if not items:
         return [], []
     if not all(map(_is_column, items)):
-        kinds = " and ".join(sorted({_describe(item) for item in items}))
-        raise DataError(f"{name} is {_describe(data)} of {kinds}; {FORM}")
+        kinds = " and ".join(sorted({f"{_describe(item)}s" for item in items}))
+        raise DataError(f"{name} is {_describe(data)} of {kinds.replace('a ', '')}; {FORM}")
+    if all(hasattr(item, "_fields") for item in items):  # named tuples, as of `itertuples`
+        places = Columns().find(items[0]._fields)
+        if places is None:
+            shown = ", ".join(items[0]._fields)
+            raise DataError(f"{name} has tuples with the fields {visible(shown)}; {FORM}")
+        return [item[places[0]] for item in items], [item[places[1]] for item in items]
     if _are_pairs(data, items, name):
         return [item[0] for item in items], [item[1] for item in items]
     if len(items) == 2:
@@ -172,6 +189,8 @@ def _as_list(column: Any, name: str) -> list[Any] | tuple[Any, ...]:
     if not _is_column(column):
         raise DataError(f"{name} has {shorten(column)} where a list is expected; {FORM}")
     values: Any = column
+    if str(getattr(values, "dtype", "")) in ("float32", "torch.float32"):
+        return list(np.asarray(values))  # Python's floats would print 4.7 as 4.699999809265137
     if hasattr(values, "to_pylist"):  # Arrow
         return list(values.to_pylist())
     return list(values.tolist() if _is_tensor(values) else values)
@@ -198,6 +217,4 @@ def _is_scalar_tensor(value: object) -> bool:
 def _describe(data: object) -> str:
     kind = type(data)
     name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
-    return {"list": "a list", "tuple": "a tuple", "dict": "a dict", "str": "strings"}.get(
-        name, name
-    )
+    return {"list": "a list", "tuple": "a tuple", "dict": "a dict", "str": "string"}.get(name, name)

@@ -5,7 +5,8 @@ closing quote with neither a delimiter nor a line end behind it, at a quote that
 and at a row without the header's number of fields. The way that is left is the right one, and ways
 that give the same rows are the same. Where two are left that differ:
 
-- Quotes that may join lines: the number of rows is in doubt, and nobody can know it.
+- Quotes that join lines, of which one but the last ends like a row, in a label that is known: the
+  number of rows is in doubt, and nobody can know it. (This holds where one way is left, too.)
 - Quotes around fields, commas between them: the file means them so.
 - Quotes around fields, tabs between them: they show whether a program wrote them. One that
   encloses fields encloses each that holds a quote, and doubles it there; Excel does so for commas
@@ -21,12 +22,10 @@ import re
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import Any, NoReturn
 
-import numpy as np
-
 from ..errors import DataError
+from .classes import class_name
 from .columns import LABEL_COLUMN, normalize
 
 DELIMITERS = {",": "commas", "\t": "tabs", ";": "semicolons", "|": "vertical bars"}
@@ -71,6 +70,8 @@ class Rows:
     """On which each row begins."""
     bad: list[str] = field(default_factory=list)
     """What cannot be a row: `line 7: the label is empty`."""
+    inner_labels: list[tuple[int, str]] = field(default_factory=list)
+    """(line, what stands where its label would) for lines that quotes join with the next one."""
 
     @property
     def works(self) -> bool:
@@ -90,6 +91,8 @@ class Signs:
     """Whether a file has characters that could mean something other than themselves."""
 
     quotes: bool = False
+    leading_quotes: bool = False
+    """At the beginning of a field."""
     apostrophes: bool = False
     escapes: bool = False
     """Backslashes, of which each stands where it could escape something."""
@@ -97,14 +100,17 @@ class Signs:
     """Line ends of which some are `\\r` alone: such a file is in no unusual dialect as well."""
 
 
-def find_signs(lines: Iterable[str]) -> Signs:
+def find_signs(lines: Iterable[str], delimiter: str) -> Signs:
     """lines: all of the file, with their ends"""
-    escape = re.compile(r"\\(?:[\\\"'\r\n,;|\t]|(.|\Z))")
+    escape = re.compile(rf"\\(?:[\\\"'\r\n]|{re.escape(delimiter)}|(.|\Z))")
+    leading_quote = re.compile(rf'(?:\A|{re.escape(delimiter)})"')
     signs, has_backslash, has_literal = Signs(), False, False
     ends = set()
     for line in lines:
         ends.add(line[-1:])
-        signs.quotes = signs.quotes or '"' in line
+        if '"' in line:
+            signs.quotes = True
+            signs.leading_quotes = signs.leading_quotes or bool(leading_quote.search(line))
         signs.apostrophes = signs.apostrophes or "'" in line
         if not has_literal and "\\" in line:
             has_backslash = True
@@ -134,7 +140,9 @@ def choose_quoting(
         if is_spaced and not rows.works and attempt("spaced").works:
             rows = attempt("spaced")
     if signs.escapes:
-        ways = [way for way in map(attempt, ("escaped", "escaped-none")) if way.works]
+        # A program that escapes quotes, and never encloses, leaves none at a field's beginning.
+        names = ["escaped"] if signs.leading_quotes else ["escaped", "escaped-none"]
+        ways = [way for way in map(attempt, names) if way.works]
         if ways and rows.works:
             _refuse(rows, ways[0])
         if len(ways) > 1 and not ways[0].equal(ways[1]):
@@ -152,6 +160,12 @@ def choose_quoting(
             "line 1: apostrophes enclose fields here, and backslashes could escape what follows "
             "them; give --quoting single if they are only themselves"
         )
+    if line := _find_joined_row(rows, are_known=True):
+        raise DataError(
+            f"line {line}: a quote joins this line with the next, though it ends like a row; close "
+            f"the quote, or give --quoting {rows.quoting} if the lines are one text, or --quoting "
+            f"none if {MEANING['none']}"
+        )
     return rows
 
 
@@ -161,16 +175,15 @@ def _weigh_quotes(standard: Rows, plain: Rows, is_tab: bool, is_glue: bool) -> R
         return plain if is_glue and not standard.works else standard
     if not standard.works:
         # Without a delimiter or a line end behind it, it was no closing quote.
-        was_text = standard.bad and standard.bad[-1].endswith(BEHIND_QUOTE)
-        encloses = any(text[:1] == text[-1:] == '"' for text in plain.texts)
-        return plain if is_tab or (was_text and not encloses) else standard
+        was_text = is_tab or (standard.bad and standard.bad[-1].endswith(BEHIND_QUOTE))
+        return plain if was_text and not _encloses(plain, is_tab) else standard
     if standard.equal(plain):
         return standard
     if len(standard.texts) != len(plain.texts):
-        if is_tab or _joins_rows(standard, plain):
+        if is_tab or _find_joined_row(standard, are_known=False):
             _refuse(standard, plain)
         return standard
-    if not is_tab:
+    if not is_tab or standard.labels != plain.labels:
         return standard
     enclosed: list[str] = []
     others: list[str] = []
@@ -195,14 +208,26 @@ def _encloses_all_with(characters: str, enclosed: list[str], others: list[str]) 
     return all(map(needs_it, enclosed)) and not any(map(needs_it, others))
 
 
-def _joins_rows(standard: Rows, plain: Rows) -> bool:
-    """Whether quotes join lines of which one, but the last of them, ends in a label."""
-    owners = np.searchsorted(standard.lines, plain.lines, side="right").tolist()
-    inner = [label for (a, b), label in zip(pairwise(owners), plain.labels, strict=False) if a == b]
-    known = set(standard.labels)
-    if len(known) > 1:
-        return any(label in known for label in inner)
-    return any(re.fullmatch(r'[^\s"]{1,30}', label) for label in inner)
+def _encloses(plain: Rows, is_tab: bool) -> bool:
+    """Whether quotes stand around labels or texts, or at least, with tabs, are doubled there."""
+    enclosed = re.compile('".*""+.*"' if is_tab else '".*"').fullmatch
+    return any(map(enclosed, plain.texts)) or any(label[:1] == '"' for label in plain.labels)
+
+
+def _find_joined_row(rows: Rows, are_known: bool) -> int:
+    """The first line that quotes join with the next although it has the form of a row, or 0.
+
+    are_known: whether all labels are; else, where they are of one class, any word may be another.
+    """
+    if not rows.inner_labels:
+        return 0
+    known = {class_name(label).casefold() for label in rows.labels}
+    for line, label in rows.inner_labels:
+        name = class_name(label.strip().strip('"'))
+        is_word = not are_known and len(known) < 2 and re.fullmatch(r"\S{1,30}", name)
+        if name.casefold() in known or is_word:
+            return line
+    return 0
 
 
 def _may_be_single(rows: Rows, single: Rows) -> bool:

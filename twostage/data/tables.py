@@ -19,11 +19,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, Unpack
 
 from ..errors import DataError, TwoStageWarning, UsageError
 from ..files import replacing
-from ..printing import quoted
+from ..printing import quoted, without_invisible
 from .classes import Classes as Classes
 from .classes import find_classes as find_classes
 from .classes import is_label, list_bad_rows
@@ -43,9 +43,12 @@ from .dialects import (
 )
 from .text_files import TextFile, open_text
 
+AUGMENTED_COLUMNS = ("org_ind", "text", "label")
+"""The second is a paraphrase of the text in row `org_ind`."""
 SUFFIXES = (".csv", ".tsv", ".jsonl")
 """Of the tables in a data folder."""
 
+_RULE = re.compile(r":?-{2,}:?").fullmatch  # of a table in Markdown
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 _SYNONYMS = {"minimal": "standard", "all": "standard", "nonnumeric": "standard"}  # csv's own names
 
@@ -83,17 +86,17 @@ def read_table(
     file = open_text(path, encoding)
     try:
         first_line, has_nul = _glance(file)
-    except UnicodeDecodeError:
-        raise file.explain() from None
+    except UnicodeError as error:
+        raise file.explain(error) from None
     if has_nul:
         raise file.explain()
     if not first_line:
         raise DataError(f"{path} is empty; expected a header with 'text' and 'label', then rows")
     is_json = path.suffix.lower() in _JSON_SUFFIXES
     if is_json or (first_line.startswith("{") and not delimiter and not quoting):
-        if not is_json:
-            _say(path, "is read as JSONL, one object a line")
         rows = _read_json(file, columns)
+        if not is_json and rows.works:
+            _say(path, "is read as JSONL, one object a line")
     elif re.fullmatch(r'"?sep=.?"?', first_line, re.IGNORECASE):
         raise DataError(f"{path}, line 1: 'sep=' is meant for Excel alone; remove the line")
     else:
@@ -104,6 +107,14 @@ def read_table(
     if not rows.texts:
         raise DataError(f"{path} has a header but no rows")
     return Table(rows.texts, rows.labels, str(path), rows.lines)
+
+
+def read_augmented(path: Path, **options: Unpack[TableOptions]) -> Table:
+    """`aug.csv`. The one that `augment` writes, or the published code, is known by its header, and
+    read as it was written, whatever the other tables' options are."""
+    with path.open("rb") as file:
+        is_known = file.readline(100).rstrip() == ",".join(AUGMENTED_COLUMNS).encode()
+    return read_table(path, quoting="standard") if is_known else read_table(path, **options)
 
 
 def find_table(folder: Path, *stems: str, who: str = "") -> Path:
@@ -149,7 +160,7 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
 
 
 def _glance(file: TextFile) -> tuple[str, bool]:
-    """(the first line that is not blank, whether any holds a NUL). Raises UnicodeDecodeError."""
+    """(the first line that is not blank, whether any holds a NUL). Raises UnicodeError."""
     first_line, has_nul = "", False
     for line in file.lines():
         first_line = first_line or line.strip()
@@ -173,7 +184,7 @@ def _read_delimited(
         return _read_rows(file, columns, found, quoting, only_try=True)
 
     try:
-        signs = find_signs(file.lines())
+        signs = find_signs(file.lines(), found)
         rows = choose_quoting(attempt, signs, found, header, header_quoting)
     except DataError as error:
         raise DataError(f"{file.path}, {error}") from None
@@ -200,9 +211,14 @@ def _choose_delimiter(
             if columns.find(header) is not None:
                 return candidate, header, some_quoting
             headers.append((line, header))
-    if problem:
+    if problem == NEVER_CLOSED:
         raise DataError(f"{file.path}, line 1: {problem.replace('here', 'in the header')}")
-    line, header = max(headers, key=lambda found: len(found[1]))
+    line, header = max(headers, key=lambda found: len(found[1]), default=(1, []))
+    if len(header) < 2:
+        raise DataError(
+            f"{file.path}, line {line}: nothing splits the header {shorten(''.join(header))} into "
+            "columns; give --delimiter"
+        )
     raise DataError(f"{file.path}, line {line}: {columns.explain(header)}")
 
 
@@ -213,7 +229,7 @@ def _read_rows(
     rows = Rows(quoting)
     records = _iterate_records(file, delimiter, quoting)
     try:
-        line, header_line, header = next(records)
+        line, _, header = next(records)
         places = columns.find(header)
         if places is None:
             rows.bad.append(f"line {line}: {columns.explain(header)}")
@@ -221,21 +237,29 @@ def _read_rows(
         text_place, label_place = places
         words = {*map(normalize, header), LABEL_COLUMN}
         may_be_spaced = quoting == "standard" and delimiter != "\t"
-        # A writer that ends lines in `\n` may leave a `\r` of the last text before it.
-        may_keep_return = text_place == len(header) - 1 and not header_line.endswith("\r\n")
-        for line, last_line, record in records:
-            problem = ""
-            if len(record) != len(header) or not (label := record[label_place].strip()):
+        is_text_last, end = text_place == len(header) - 1, ""
+        for line, of_record, record in records:
+            last_line, problem = of_record[-1], ""
+            end = end or last_line[-2:]
+            if len(record) != len(header) or not is_label(label := record[label_place].strip()):
                 problem = _explain_record(record, len(header))
-            elif label.lower() in words and columns.is_header(record, header):
+            elif _bare(label) in words and columns.is_header(record, header):
                 problem = "the header stands here again; remove the line"
-            elif may_keep_return and last_line.endswith("\r\n"):
-                problem = r"the line ends in \r\n, but the header in \n; give all one line end"
+            elif _RULE(label) and _RULE(record[text_place].strip()):
+                problem = "a line of dashes is no row; remove it"
+            elif is_text_last and (last_line[-2:] == "\r\n") != (end == "\r\n"):
+                # A writer that ends lines in `\n` may have left a `\r` that belongs to the text.
+                problem = r"some lines end in \n and some in \r\n; save with one kind"
             elif may_be_spaced and _has_space_before_quote(record, last_line, delimiter):
                 problem = (
                     f"white space stands before a quote; give --quoting spaced if "
                     f"{MEANING['spaced']}, or --quoting none if {MEANING['none']}"
                 )
+            if len(of_record) > 1:
+                for inner, physical in enumerate(of_record[:-1], line):
+                    fields = physical.split(delimiter)
+                    if len(fields) == len(header):
+                        rows.inner_labels.append((inner, fields[label_place]))
             if not problem:
                 rows.add(line, record[text_place], label)
                 continue
@@ -254,6 +278,11 @@ def _explain_record(record: list[str], num_columns: int) -> str:
     if len(record) == num_columns:
         return "the label is empty"
     return f"{len(record)} fields, but the header has {num_columns}"
+
+
+def _bare(label: str) -> str:
+    """A label as a header would have it."""
+    return label.lower() if label.isascii() else normalize(without_invisible(label))
 
 
 def _has_space_before_quote(record: list[str], last_line: str, delimiter: str) -> bool:
@@ -276,23 +305,26 @@ class _Breakdown(Exception):
 
 def _iterate_records(
     file: TextFile, delimiter: str, quoting: str
-) -> Iterator[tuple[int, str, list[str]]]:
-    """(line on which a record begins, its last line as it stands, its fields); no blank lines.
+) -> Iterator[tuple[int, list[str], list[str]]]:
+    """(line on which a record begins, its lines as they stand, its fields); no blank lines.
 
     Raises _Breakdown. The csv module does it, strictly: else it would read `"a"b` as `ab`.
     """
-    number, line = 0, ""
+    number = 0
+    of_record: list[str] = []
 
     def count() -> Iterator[str]:
-        nonlocal number, line
+        nonlocal number
         for line in file.lines():
             number += 1
+            of_record.append(line)
             yield line
 
     reader = csv.reader(count(), delimiter=delimiter, strict=True, **QUOTINGS[quoting])
-    ends_in_return: bool | None = None
+    are_returns: bool | None = None
     while True:
         first = number + 1
+        of_record.clear()
         try:
             record = next(reader)
         except StopIteration:
@@ -301,12 +333,14 @@ def _iterate_records(
             is_open = "unexpected end" in str(error)
             where, what = (first, NEVER_CLOSED) if is_open else (number, BEHIND_QUOTE)
             raise _Breakdown(where, what) from None
-        is_return = line.endswith("\r")
-        if ends_in_return not in (None, is_return):
-            raise _Breakdown(number, "a carriage return stands inside; remove it")
-        ends_in_return = is_return
-        if len(record) > 1 or (record and record[0].strip()):
-            yield first, line, record
+        is_blank = len(record) < 2 and not "".join(record).strip()
+        is_return = of_record[-1].endswith("\r")
+        if are_returns is None:
+            are_returns = is_return
+        elif is_return != are_returns and not (is_blank and are_returns):
+            raise _Breakdown(number, r"some lines end in \r and some in \n; save with one kind")
+        if not is_blank:
+            yield first, of_record, record
 
 
 def _read_json(file: TextFile, columns: Columns) -> Rows:
@@ -342,6 +376,8 @@ def _read_object(line: str, columns: Columns) -> tuple[str, Any]:
         raise DataError(f"the text is {shorten(text)}; expected a string")
     if not is_label(label):
         raise DataError(f"the label is {shorten(label)}; expected a string or an integer")
+    if columns.is_header([text, str(label)], [names[place] for place in places]):
+        raise DataError("the names of the columns stand here as values; remove the line")
     for value in (text, str(label)):
         if not value.isascii() and re.search("[\ud800-\udfff]", value):
             raise DataError(f"{shorten(value)} holds half of a character (a surrogate)")

@@ -1,5 +1,6 @@
 """A text file from outside: its lines, or one sentence on why it has none."""
 
+import codecs
 import io
 import re
 from collections.abc import Iterator
@@ -8,6 +9,9 @@ from pathlib import Path
 
 from ..errors import DataError, UsageError
 
+_REMEDY = "save the file as UTF-8, or name its encoding with --encoding (often utf-16 or cp1252)"
+_UTF_8 = ("utf-8", "utf-8-sig")
+_UTF_STARTS = ((b"\xff\xfe\0\0", "utf-32"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 # First bytes of what is no text, what it is, and what to do.
 _OTHER_FILES = (
     (b"PK\x03\x04", "an Excel workbook or another zip archive", "save its sheet as CSV (UTF-8)"),
@@ -42,7 +46,7 @@ class TextFile:
     def lines(self) -> Iterator[str]:
         """Each with its end (`\\n`, `\\r\\n` or `\\r`), the last one too; no byte order mark.
 
-        Raises UnicodeDecodeError; see `explain`.
+        Raises UnicodeError; see `explain`.
         """
         end = "\n"
         file = io.TextIOWrapper(io.BytesIO(self.raw), self.encoding, newline="")
@@ -50,28 +54,43 @@ class TextFile:
             if number == 1:
                 line = line.removeprefix("\ufeff")
             if line.endswith(("\n", "\r")):
-                end = line[-1]
+                end = line[-2:] if line.endswith("\r\n") else line[-1]
                 yield line
             else:
                 yield line + end
 
-    def explain(self) -> DataError:
-        """Why it is not text in this encoding, with the line where that shows."""
-        remedy = (
-            "save the file as UTF-8, or name its encoding with --encoding (often utf-16 or cp1252)"
-        )
-        try:
+    def explain(self, error: UnicodeError | None = None) -> DataError:
+        """Why it is no text in this encoding, with the line where that shows.
+
+        error: of `lines`; None where a line holds a NUL
+        """
+        before, remedy = "", _REMEDY
+        if error is None:
             content = self.raw.decode(self.encoding)
             before, problem = content.partition("\0")[0], "holds a NUL byte"
             if content.count("\0") < len(content) / 10:  # in UTF-16 it is every other byte
-                remedy = f"remove it, or {remedy}"
-        except UnicodeDecodeError as error:
-            before = self.raw[: error.start].decode(self.encoding, errors="replace")
-            problem = f"not valid {self.encoding.upper()} ({error.reason})"
-            if self.raw.startswith((b"\xff\xfe", b"\xfe\xff")):
-                remedy = "the file begins as UTF-16 does: give --encoding utf-16"
+                remedy = f"remove it, or {_REMEDY}"
+        else:
+            problem = f"not valid {self.encoding.upper()} ({getattr(error, 'reason', error)})"
+            try:
+                self.raw.decode(self.encoding)
+            except UnicodeDecodeError as of_all:  # the other's place is one in a part of the file
+                before = self.raw[: of_all.start].decode(self.encoding, errors="replace")
+        if (likely := _guess_encoding(self.raw)) and likely != self.encoding.lower():
+            remedy = f"it looks like {likely.upper()}: give --encoding {likely}"
         line = len(re.findall(r"\r\n|\r|\n", before)) + 1
         return DataError(f"{self.path}, line {line}: {problem}; {remedy}")
+
+
+def _guess_encoding(raw: bytes) -> str:
+    """What a file with many NUL bytes is likely to be in; empty for others."""
+    for start, encoding in _UTF_STARTS:
+        if raw.startswith(start):
+            return encoding
+    odd, even = raw[1:400:2], raw[0:400:2]
+    if odd.count(0) > len(odd) / 2 or even.count(0) > len(even) / 2:
+        return "utf-16-le" if odd.count(0) > even.count(0) else "utf-16-be"
+    return ""
 
 
 def open_text(path: Path, encoding: str) -> TextFile:
@@ -95,4 +114,6 @@ def open_text(path: Path, encoding: str) -> TextFile:
     for first, kind, remedy in _OTHER_FILES:
         if beginning.startswith(first.lower()):
             raise DataError(f"{path} is {kind}, not a table; {remedy}")
+    if raw.startswith(codecs.BOM_UTF8) and codecs.lookup(encoding).name not in _UTF_8:
+        raise DataError(f"{path} begins as UTF-8 does; leave out --encoding {encoding}")
     return TextFile(path, raw, encoding)
