@@ -91,8 +91,8 @@ class Signs:
     """Whether a file has characters that could mean something other than themselves."""
 
     quotes: bool = False
-    leading_quotes: bool = False
-    """At the beginning of a field."""
+    enclosed: bool = False
+    """A field with a quote at each end."""
     apostrophes: bool = False
     escapes: bool = False
     """Backslashes, of which each stands where it could escape something."""
@@ -102,15 +102,16 @@ class Signs:
 
 def find_signs(lines: Iterable[str], delimiter: str) -> Signs:
     """lines: all of the file, with their ends"""
-    escape = re.compile(rf"\\(?:[\\\"'\r\n]|{re.escape(delimiter)}|(.|\Z))")
-    leading_quote = re.compile(rf'(?:\A|{re.escape(delimiter)})"')
+    d = re.escape(delimiter)
+    escape = re.compile(rf"\\(?:[\\\"'\r\n]|{d}|(.|\Z))")
+    enclosed = re.compile(rf'(?:\A|{d})"[^{d}]*"(?={d}|[\r\n])')
     signs, has_backslash, has_literal = Signs(), False, False
     ends = set()
     for line in lines:
         ends.add(line[-1:])
         if '"' in line:
             signs.quotes = True
-            signs.leading_quotes = signs.leading_quotes or bool(leading_quote.search(line))
+            signs.enclosed = signs.enclosed or enclosed.search(line) is not None
         signs.apostrophes = signs.apostrophes or "'" in line
         if not has_literal and "\\" in line:
             has_backslash = True
@@ -140,8 +141,8 @@ def choose_quoting(
         if is_spaced and not rows.works and attempt("spaced").works:
             rows = attempt("spaced")
     if signs.escapes:
-        # A program that escapes quotes, and never encloses, leaves none at a field's beginning.
-        names = ["escaped"] if signs.leading_quotes else ["escaped", "escaped-none"]
+        # A program that escapes and never encloses would have escaped the quotes of such a field.
+        names = ["escaped"] if signs.enclosed else ["escaped", "escaped-none"]
         ways = [way for way in map(attempt, names) if way.works]
         if ways and rows.works:
             _refuse(rows, ways[0])

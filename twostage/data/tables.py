@@ -337,7 +337,7 @@ def _iterate_records(
         is_return = of_record[-1].endswith("\r")
         if are_returns is None:
             are_returns = is_return
-        elif is_return != are_returns and not (is_blank and are_returns):
+        elif is_return != are_returns and of_record != ["\r\n"]:  # left by `\r\r\n`
             raise _Breakdown(number, r"some lines end in \r and some in \n; save with one kind")
         if not is_blank:
             yield first, of_record, record
