@@ -76,12 +76,13 @@ def main() -> None:
 
 def write_draws(folder: Path, path: Path, rows: int) -> None:
     """A table of `rows` texts drawn from the folder's, one in eleven of the tail class."""
-    texts = read_table(folder / "train.tsv").texts
+    known = read_table(folder / "train.tsv").texts
     rng = random.Random(7)
-    draws = (rng.choice(texts) for _ in range(rows))
+    draws = (rng.choice(known) for _ in range(rows))
     marks = (' "so"' * (i % 50 == 0) + ", 🙂" * (i % 100 == 0) for i in range(rows))
-    lines = ((text + mark, int(i % 11 > 0)) for i, (text, mark) in enumerate(zip(draws, marks)))  # noqa: B905
-    write_table(path, ("text", "label"), lines)
+    labels = (int(i % 11 > 0) for i in range(rows))
+    texts = (draw + mark for draw, mark in zip(draws, marks, strict=True))
+    write_table(path, ("text", "label"), zip(texts, labels, strict=True))
 
 
 def run_job(job: dict[str, Any]) -> dict[str, Any]:

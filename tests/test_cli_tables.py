@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from twostage.errors import UsageError
 from twostage.experiment import read_data
 from twostage.files import write_json
 from twostage.printing import format_table, visible
+from twostage.progress import progress_bar
 from twostage.recipe import Recipe
 from twostage.report import format_evaluation
 from twostage.training.metrics import compute_metrics
@@ -147,6 +149,11 @@ def test_what_augment_writes_is_read_as_it_is_written(run: Run, train: Run, tmp_
     assert any('"schön, so"' in text for text in augmented.texts)
     code, _, err = train(data, "--method", "augment", "-e", 1, *flags)
     assert (code, err) == (0, "")
+    # The authors', saved by an editor in the encoding of the others.
+    (data / "aug.csv").write_bytes("org_ind,text,label\n0,schön,1\n1,so,0\n".encode("cp1252"))
+    augmented = read_data(data, recipe, **options).augmented
+    assert augmented is not None
+    assert list(augmented.texts) == ["schön", "so"]
     # Another table of that name is read as the others are.
     (data / "aug.csv").write_bytes(f"Review|Stars\n{content}".encode("cp1252"))
     assert len(read_data(data, recipe, **options).augmented or ()) == 12
@@ -304,6 +311,21 @@ def test_a_hostile_label_reaches_no_screen(run: Run, train: Run, tmp_path: Path)
     assert code == 3
     assert err.count("\n") == 1
     assert err.strip().isprintable()
+
+
+def test_a_progress_bar_shows_no_escape_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+
+    class Bar:
+        def __enter__(self) -> "Bar":
+            return self
+
+        def __exit__(self, *error: object) -> None: ...
+
+    monkeypatch.setattr("tqdm.tqdm", lambda **given: seen.update(given) or Bar())
+    with progress_bar(f"tokenizing {HOSTILE}", 1, "text", show=True):
+        pass
+    assert seen["desc"] == f"tokenizing {visible(HOSTILE)}"
 
 
 def test_json_files_have_a_line_for_each_row(tmp_path: Path) -> None:

@@ -541,7 +541,8 @@ def _train(options: argparse.Namespace) -> None:
 
 def _evaluate(options: argparse.Namespace) -> None:
     from .experiment import evaluate_file, write_scores
-    from .report import SHOWN_CLASSES, format_evaluation
+    from .printing import SHOWN_CLASSES
+    from .report import format_evaluation
 
     _prepare_process(options.threads)
     metrics, info = evaluate_file(

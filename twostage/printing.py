@@ -4,6 +4,9 @@ import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+SHOWN_CLASSES = 20
+"""The most classes that a table for people has."""
+
 # Fillers, blanks and selectors that Unicode does not count among its format characters.
 _BLANK = re.compile(
     "[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180d\u2800\u3164\ufe00-\ufe0f\uffa0"
@@ -30,6 +33,15 @@ def quoted(name: object) -> str:
     """A class or column as messages name it: in quotes, visible, at most 60 characters."""
     text = str(name)
     return f"'{visible(text if len(text) <= 60 else text[:60] + '…')}'"
+
+
+def shorten(value: object) -> str:
+    """A value of any type as a message shows it, in at most 60 characters."""
+    try:
+        shown = repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        shown = f"a value of type {type(value).__name__}"
+    return visible(shown if len(shown) <= 60 else shown[:60] + "…")
 
 
 def list_some(items: Sequence[str], limit: int, separator: str = "; ") -> str:

@@ -15,7 +15,7 @@ import torch
 
 from .data.classes import find_classes
 from .data.tables import Table
-from .printing import format_table, quoted
+from .printing import SHOWN_CLASSES, format_table, quoted
 from .recipe import Recipe
 from .training.metrics import Metrics
 from .training.precision import PRECISIONS, choose_device, choose_precision
@@ -32,9 +32,7 @@ SUMMARY = {
 }
 """Scores of a whole data set: name in `metrics.json`, heading in a table."""
 MANY_CLASSES = 50
-"""Beyond them, the confusion matrix has a file of its own and scores of a class have six digits."""
-SHOWN_CLASSES = 20
-"""Classes that a table for people has."""
+"""The most classes whose confusion matrix stands in `metrics.json`, with unrounded scores."""
 COMPARED = ("tail_f1", "tail_average_precision", "macro_f1", "mcc", "micro_f1")
 """Those of SUMMARY that stand side by side for several seeds or runs, as far as a line is wide."""
 
@@ -131,7 +129,7 @@ def explain_micro_f1(names: Sequence[str], class_counts_C: Sequence[int]) -> str
 def format_evaluation(metrics: Metrics, names: Sequence[str], class_counts_C: Sequence[int]) -> str:
     """Scores of one model on one data set: each class, all together, the confusion matrix.
 
-    Of many classes, those SHOWN_CLASSES that occur and have the lowest F1.
+    With many classes, only the SHOWN_CLASSES with the lowest F1 among those that occur.
     """
     tail = int(np.argmin(class_counts_C))
     per_class: list[list[object]] = [
@@ -241,15 +239,17 @@ def confusion_cells(metrics: Metrics) -> list[tuple[int, int, int]]:
 
 def scores_by_class(metrics: Metrics) -> list[dict[str, float]]:
     """The scores of each class under their names in `metrics.json`."""
-    num_digits = 6 if len(metrics.f1_C) > MANY_CLASSES else 17
-    columns: dict[str, list[float]] = {
-        "precision": metrics.precision_C.round(num_digits).tolist(),
-        "recall": metrics.recall_C.round(num_digits).tolist(),
-        "f1": metrics.f1_C.round(num_digits).tolist(),
-        "average_precision": metrics.average_precision_C.round(num_digits).tolist(),
-        "support": metrics.support_C.tolist(),
+    columns = {
+        "precision": metrics.precision_C,
+        "recall": metrics.recall_C,
+        "f1": metrics.f1_C,
+        "average_precision": metrics.average_precision_C,
+        "support": metrics.support_C,
     }
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if len(metrics.f1_C) > MANY_CLASSES:
+        columns = {name: values.round(6) for name, values in columns.items()}
+    rows = zip(*(values.tolist() for values in columns.values()), strict=True)
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def _other_classes(result: Result) -> list[int]:

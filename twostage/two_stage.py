@@ -34,6 +34,7 @@ from .data.tokenization import check_vocabulary, load_tokenizer, tokenize
 from .errors import DataError
 from .model.bert import BertClassifier
 from .model.checkpoint import Checkpoint, build_model, load_checkpoint
+from .printing import quoted
 from .recipe import Recipe
 from .training.evaluation import predict_logits
 from .training.losses import cross_entropy
@@ -196,7 +197,7 @@ def train_two_stage(
     warn_of_twins(classes, tables[0], labels[0])
     for table, labels_N in zip(tables[2:], labels[2:], strict=True):
         for c in np.flatnonzero(np.bincount(labels_N, minlength=len(classes)) == 0):
-            raise DataError(f"class {classes.names[c]!r} has no row in {table.source}")
+            raise DataError(f"class {quoted(classes.names[c])} has no row in {table.source}")
 
     checkpoint = load_checkpoint(model)
     tokenizer = load_tokenizer(model)

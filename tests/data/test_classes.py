@@ -3,6 +3,7 @@
 import json
 import math
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,10 @@ LABELS = st.one_of(
     st.integers(-3, 12),
     st.booleans(),
     st.floats(allow_nan=False, allow_infinity=False),
+    # Quotes and backslashes are the reader's matter.
+    st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S"]), min_size=1).filter(
+        lambda name: not set(name) & {'"', "'", "\\"}
+    ),
     st.sampled_from([1.0, -0.0, 12.0, "1.0", "01", "+1", "TRUE", "True", "a b", "é", "nan"]),
 )
 
@@ -108,6 +113,26 @@ def test_every_door_gives_the_same_classes(
         assert [class_name(label) for label in table.labels] == wanted
 
 
+@pytest.mark.parametrize("missing", [None, math.nan, ""])
+def test_every_door_refuses_a_missing_label(tmp_path: Path, missing: Any) -> None:
+    rows = [("a", "x"), ("b", missing), ("c", "y")]
+    frame = pd.DataFrame(rows, columns=["text", "label"], dtype=object)
+    frame.to_csv(tmp_path / "a.csv", index=False)
+    lines = [json.dumps({"text": text, "label": label}) for text, label in rows]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    doors: list[Callable[[], Table]] = [
+        lambda: read_table(tmp_path / "a.csv"),
+        lambda: read_table(tmp_path / "a.jsonl"),
+        lambda: Table([text for text, _ in rows], [label for _, label in rows]),
+        lambda: as_table(rows, "x"),
+        lambda: as_table(frame, "x"),
+    ]
+    for door in doors:
+        with pytest.raises(DataError, match=r"(line (3|2)|row 1): the label is .*") as caught:
+            door()
+        assert "1 bad row:" in str(caught.value)
+
+
 def test_arrays_and_tensors_of_labels_work() -> None:
     texts = np.array(["a", "b", "c"])
     for labels in (
@@ -127,6 +152,9 @@ def test_arrays_and_tensors_of_labels_work() -> None:
     for ratings in (
         np.array([4.7, 5, 4.7], dtype=np.float32),
         torch.tensor([4.7, 5, 4.7]),
+        torch.tensor([4.7, 5, 4.7], requires_grad=True),
+        list(torch.tensor([4.7, 5, 4.7])),
+        torch.tensor([4.7, 5, 4.7]).half(),
         pd.Series([4.7, 5, 4.7], dtype="float32"),
     ):
         assert find_classes(as_table((texts, ratings), "x")).names == ("4.7", "5")

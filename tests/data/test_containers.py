@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,6 +14,11 @@ from twostage.errors import DataError
 
 TEXTS, NAMES = ["good", "bad", "fine"], ["pos", "neg", "pos"]
 ROWS = list(zip(TEXTS, NAMES, strict=True))
+
+
+class Named(NamedTuple):
+    label: list[str]
+    text: list[str]
 
 
 class Columns:
@@ -42,6 +47,7 @@ class Lazy:
     [
         Table(TEXTS, NAMES),
         list(pd.DataFrame({"label": NAMES, "text": TEXTS}).itertuples(index=False)),
+        Named(label=NAMES, text=TEXTS),
         pd.DataFrame({"label": NAMES, "text": TEXTS}).itertuples(),
         (TEXTS, NAMES),
         [TEXTS, NAMES],

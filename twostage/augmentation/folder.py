@@ -36,7 +36,7 @@ from ..data.tables import (
 )
 from ..errors import DataError, PartialOutputError, TwoStageError, UsageError, writing_to
 from ..files import write_json
-from ..printing import format_table, list_some, quoted, visible
+from ..printing import SHOWN_CLASSES, format_table, list_some, quoted, visible
 from . import journal as journals
 from .answering import EditedTexts, ServerAnswers
 from .balancing import choose_rows
@@ -60,8 +60,6 @@ AUG, PARTIAL, REPORT, BATCHES = (
     "augment_report.json",
     "batches.jsonl",
 )
-SHOWN_CLASSES = 20
-"""Classes that the printed table has."""
 
 
 @dataclass(frozen=True)

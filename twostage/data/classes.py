@@ -30,12 +30,12 @@ from ..errors import DataError, TwoStageWarning
 from ..printing import list_some, quoted, visible, without_invisible
 
 if TYPE_CHECKING:
-    from .tables import Table
+    from .containers import Table
 
 MAX_REPORTED = 10
 """Bad rows, or classes, that one message names."""
 
-_WHOLE = re.compile(r"([+-]?(?:0|[1-9][0-9]{0,17}))(?:\.0*)?")
+_WHOLE = re.compile(r"([+-]?(?:0|[1-9][0-9]{0,999}))(?:\.0*)?")
 # Cyrillic and Greek letters, dashes and apostrophes that print as Latin ones do.
 _LOOK_ALIKE = str.maketrans(
     "аеорсухіјѕԁһԛԝкмтвнАВЕКМНОРСТУХІЈЅαονρτυικΑΒΕΖΗΙΚΜΝΟΡΤΥΧ‐‑‒–—−’‘ʼ",
@@ -67,7 +67,7 @@ class Classes:
 
     names: tuple[str, ...]
     source: str
-    """What they are the classes of, for messages."""
+    """The data set's name, for messages."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -134,7 +134,10 @@ def warn_of_twins(classes: Classes, table: "Table", labels_N: np.ndarray) -> Non
     for group in groups.values():
         if len(group) > 1:
             kinds, shown = _difference([classes.names[c] for c in group])
-            rows = [f"{name} ({_count(counts_C[c], 'row')})" for name, c in zip(shown, group)]  # noqa: B905
+            rows = [
+                f"{name} ({_count(counts_C[c], 'row')})"
+                for name, c in zip(shown, group, strict=True)
+            ]
             notes.append(
                 f"classes {' and '.join(rows)} differ only in {kinds}; if they are one, write them "
                 "alike"

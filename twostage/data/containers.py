@@ -16,7 +16,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from ..errors import DataError
-from ..printing import visible
+from ..printing import shorten, visible
 from .classes import is_label, list_bad_rows
 from .columns import LABEL_COLUMN, TEXT_COLUMNS, Columns, normalize
 
@@ -96,21 +96,14 @@ def as_table(data: LabelledTexts, name: str) -> Table:
     return table
 
 
-def shorten(value: object) -> str:
-    """A value as a message shows it."""
-    try:
-        shown = repr(value)
-    except ValueError:  # an integer of more digits than Python prints
-        shown = f"a value of type {type(value).__name__}"
-    return visible(shown if len(shown) <= 60 else shown[:60] + "…")
-
-
 def _split_columns(data: object, name: str) -> tuple[Any, Any]:
     """(texts, labels). Raises DataError."""
     if isinstance(data, (str, bytes, PurePath)):
         raise DataError(f"{name} is {shorten(data)}; {FORM} (read_table reads a file)")
     if hasattr(data, "collect"):  # a frame of polars or Spark that is not there yet
         raise DataError(f"{name} is {_describe(data)}, which has to be collected first; {FORM}")
+    if hasattr(data, "_asdict"):  # a named tuple
+        data = data._asdict()
     columns = _column_names(data)
     if columns is not None:
         return _take_columns(data, columns, name)
@@ -183,17 +176,31 @@ def _take_columns(data: Any, columns: list[Any], name: str) -> tuple[Any, Any]:
 def _as_list(column: Any, name: str) -> list[Any] | tuple[Any, ...]:
     """A column's values by position, whatever index it has."""
     if isinstance(column, (list, tuple)):
-        if any(_is_scalar_tensor(value) for value in column):
-            return [v.tolist() if _is_scalar_tensor(v) else v for v in column]
+        if any(_is_tensor(value) for value in column):
+            return [_to_python(value) if _is_scalar_tensor(value) else value for value in column]
         return column
     if not _is_column(column):
         raise DataError(f"{name} has {shorten(column)} where a list is expected; {FORM}")
-    values: Any = column
-    if str(getattr(values, "dtype", "")) in ("float32", "torch.float32"):
-        return list(np.asarray(values))  # Python's floats would print 4.7 as 4.699999809265137
-    if hasattr(values, "to_pylist"):  # Arrow
-        return list(values.to_pylist())
-    return list(values.tolist() if _is_tensor(values) else values)
+    values = _to_python(column)
+    return list(values)
+
+
+def _to_python(values: Any) -> Any:
+    """Values of an array or column of any library, or the value of a tensor without axes.
+
+    Those of 32 or 16 bits stay so: Python's floats would print 4.7 as 4.699999809265137.
+    """
+    kind = str(getattr(values, "dtype", getattr(values, "type", ""))).rpartition(".")[2].lower()
+    for method in ("to_pylist", "to_list", "tolist"):  # Arrow, polars, torch
+        if hasattr(values, method) and not isinstance(values, np.ndarray):
+            values = getattr(values, method)()
+            break
+    width = {"float32": np.float32, "float": np.float32, "float16": np.float16}.get(kind)
+    if width is None or isinstance(values, np.ndarray):
+        return values
+    if not isinstance(values, list):
+        return width(values)
+    return [value if value is None else width(value) for value in values]
 
 
 def _is_column(value: object) -> TypeGuard[Iterable[Any]]:

@@ -5,8 +5,8 @@ closing quote with neither a delimiter nor a line end behind it, at a quote that
 and at a row without the header's number of fields. The way that is left is the right one, and ways
 that give the same rows are the same. Where two are left that differ:
 
-- Quotes that join lines, of which one but the last ends like a row, in a label that is known: the
-  number of rows is in doubt, and nobody can know it. (This holds where one way is left, too.)
+- Quotes that join lines, of which one has a known label where a row would have it: the number of
+  rows is in doubt, and nobody can know it. (This holds where one way is left, too.)
 - Quotes around fields, commas between them: the file means them so.
 - Quotes around fields, tabs between them: they show whether a program wrote them. One that
   encloses fields encloses each that holds a quote, and doubles it there; Excel does so for commas
@@ -67,11 +67,13 @@ class Rows:
     texts: list[str] = field(default_factory=list)
     labels: list[Any] = field(default_factory=list)
     lines: "array[int]" = field(default_factory=lambda: array("q"))
-    """On which each row begins."""
+    """The line on which each row begins."""
     bad: list[str] = field(default_factory=list)
     """What cannot be a row: `line 7: the label is empty`."""
     inner_labels: list[tuple[int, str]] = field(default_factory=list)
-    """(line, what stands where its label would) for lines that quotes join with the next one."""
+    """(line, what stands where its label would) for lines that quotes join with others."""
+    notes: list[str] = field(default_factory=list)
+    """What is unusual in how the file is written, to follow its name."""
 
     @property
     def works(self) -> bool:
@@ -95,9 +97,9 @@ class Signs:
     """A field with a quote at each end."""
     apostrophes: bool = False
     escapes: bool = False
-    """Backslashes, of which each stands where it could escape something."""
+    """Whether there are backslashes and each could escape something."""
     mixed_ends: bool = False
-    """Line ends of which some are `\\r` alone: such a file is in no unusual dialect as well."""
+    """Whether only some lines end in a bare `\\r`; unusual quotings are then ruled out."""
 
 
 def find_signs(lines: Iterable[str], delimiter: str) -> Signs:
@@ -127,15 +129,19 @@ def is_glue(delimiter: str, header: list[str]) -> bool:
 
 
 def choose_quoting(
-    attempt: Callable[[str], Rows], signs: Signs, delimiter: str, header: list[str], usual: str
+    attempt: Callable[[str], Rows],
+    signs: Signs,
+    delimiter: str,
+    header: list[str],
+    header_quoting: str,
 ) -> Rows:
     """The rows of a file in the way in which it is written.
 
-    attempt: reads the file in one of QUOTINGS. usual: the one in which its header reads well.
+    attempt: reads the file in one of QUOTINGS. header_quoting: one in which its header reads well.
     Raises DataError where it is in doubt: `line 7: …`.
     """
-    rows = attempt(usual)
-    if signs.quotes and usual == "standard":
+    rows = attempt(header_quoting)
+    if signs.quotes and header_quoting == "standard":
         rows = _weigh_quotes(rows, attempt("none"), delimiter == "\t", is_glue(delimiter, header))
         is_spaced = delimiter != "\t" and all(name[:1] == " " for name in header[1:])
         if is_spaced and not rows.works and attempt("spaced").works:
@@ -161,11 +167,11 @@ def choose_quoting(
             "line 1: apostrophes enclose fields here, and backslashes could escape what follows "
             "them; give --quoting single if they are only themselves"
         )
-    if line := _find_joined_row(rows, are_known=True):
+    if line := _find_joined_row(rows):
         raise DataError(
-            f"line {line}: a quote joins this line with the next, though it ends like a row; close "
-            f"the quote, or give --quoting {rows.quoting} if the lines are one text, or --quoting "
-            f"none if {MEANING['none']}"
+            f"line {line}: quotes join this line with another, though it has a label; close the "
+            f"quote, or give --quoting {rows.quoting} if the lines are one text, or --quoting none "
+            f"if {MEANING['none']}"
         )
     return rows
 
@@ -181,7 +187,7 @@ def _weigh_quotes(standard: Rows, plain: Rows, is_tab: bool, is_glue: bool) -> R
     if standard.equal(plain):
         return standard
     if len(standard.texts) != len(plain.texts):
-        if is_tab or _find_joined_row(standard, are_known=False):
+        if is_tab or _find_joined_row(standard):
             _refuse(standard, plain)
         return standard
     if not is_tab or standard.labels != plain.labels:
@@ -215,18 +221,19 @@ def _encloses(plain: Rows, is_tab: bool) -> bool:
     return any(map(enclosed, plain.texts)) or any(label[:1] == '"' for label in plain.labels)
 
 
-def _find_joined_row(rows: Rows, are_known: bool) -> int:
-    """The first line that quotes join with the next although it has the form of a row, or 0.
+def _find_joined_row(rows: Rows) -> int:
+    """The first line that quotes join with others although it has a label; 0 if none does.
 
-    are_known: whether all labels are; else, where they are of one class, any word may be another.
+    Where all rows are of one class, any word may be the label of another. White space before it is
+    prose: `well, 1`.
     """
     if not rows.inner_labels:
         return 0
     known = {class_name(label).casefold() for label in rows.labels}
     for line, label in rows.inner_labels:
-        name = class_name(label.strip().strip('"'))
-        is_word = not are_known and len(known) < 2 and re.fullmatch(r"\S{1,30}", name)
-        if name.casefold() in known or is_word:
+        name = class_name(label.strip().strip('"')).casefold()
+        is_word = len(known) < 2 and re.fullmatch(r"[^\s\"]{1,30}", label)
+        if (name in known and not label[:1].isspace()) or is_word:
             return line
     return 0
 

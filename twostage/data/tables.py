@@ -23,13 +23,12 @@ from typing import Any, TypedDict, Unpack
 
 from ..errors import DataError, TwoStageWarning, UsageError
 from ..files import replacing
-from ..printing import quoted, without_invisible
+from ..printing import quoted, shorten, without_invisible
 from .classes import Classes as Classes
 from .classes import find_classes as find_classes
 from .classes import is_label, list_bad_rows
 from .columns import LABEL_COLUMN, Columns, normalize
 from .containers import Table as Table
-from .containers import shorten
 from .dialects import (
     BEHIND_QUOTE,
     DELIMITERS,
@@ -44,9 +43,9 @@ from .dialects import (
 from .text_files import TextFile, open_text
 
 AUGMENTED_COLUMNS = ("org_ind", "text", "label")
-"""The second is a paraphrase of the text in row `org_ind`."""
+"""Header of `aug.csv`; `org_ind` is the training row that the text paraphrases."""
 SUFFIXES = (".csv", ".tsv", ".jsonl")
-"""Of the tables in a data folder."""
+"""File name endings of a data folder's tables."""
 
 _RULE = re.compile(r":?-{2,}:?").fullmatch  # of a table in Markdown
 _JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
@@ -54,14 +53,14 @@ _SYNONYMS = {"minimal": "standard", "all": "standard", "nonnumeric": "standard"}
 
 
 class TableOptions(TypedDict, total=False):
-    """What a file does not say of itself; what is not given is found out."""
+    """Settings that a file does not state; those left out are found out."""
 
     encoding: str
     """As Python names it; utf-8 if not given. A byte order mark is dropped."""
     delimiter: str | None
-    """One character, or its name: `tab`."""
+    """One character, or `tab`, `comma`, `semicolon`."""
     quoting: str | None
-    """A name in QUOTINGS."""
+    """A name in QUOTINGS; the csv module's `minimal`, `all` and `nonnumeric` mean `standard`."""
     text_column: str | None
     label_column: str | None
 
@@ -79,6 +78,7 @@ def read_table(
 
     Raises DataError for what cannot be used or known, all bad rows at once, and UsageError for an
     argument that cannot be. Warns (TwoStageWarning) where a file is written in an unusual way.
+    Messages name the command line's flags; the arguments of the same names do the same.
     """
     columns = Columns(text_column, label_column)
     delimiter, quoting = _check_delimiter(delimiter), _check_quoting(quoting)
@@ -95,8 +95,8 @@ def read_table(
     is_json = path.suffix.lower() in _JSON_SUFFIXES
     if is_json or (first_line.startswith("{") and not delimiter and not quoting):
         rows = _read_json(file, columns)
-        if not is_json and rows.works:
-            _say(path, "is read as JSONL, one object a line")
+        if not is_json:
+            rows.notes.append("is read as JSONL, one object a line")
     elif re.fullmatch(r'"?sep=.?"?', first_line, re.IGNORECASE):
         raise DataError(f"{path}, line 1: 'sep=' is meant for Excel alone; remove the line")
     else:
@@ -106,21 +106,33 @@ def read_table(
         raise DataError(list_bad_rows(str(path), rows.bad))
     if not rows.texts:
         raise DataError(f"{path} has a header but no rows")
+    for note in rows.notes:
+        warnings.warn(f"{path} {note}", TwoStageWarning, stacklevel=2)
     return Table(rows.texts, rows.labels, str(path), rows.lines)
 
 
 def read_augmented(path: Path, **options: Unpack[TableOptions]) -> Table:
-    """`aug.csv`. The one that `augment` writes, or the published code, is known by its header, and
-    read as it was written, whatever the other tables' options are."""
-    with path.open("rb") as file:
-        is_known = file.readline(100).rstrip() == ",".join(AUGMENTED_COLUMNS).encode()
-    return read_table(path, quoting="standard") if is_known else read_table(path, **options)
+    """Read `aug.csv`, whatever way the other tables are written in.
+
+    The one that `augment` writes, or the published code, is known by its header: commas, standard
+    quoting, and UTF-8 unless it is none. `options` hold for another one.
+    """
+    raw = open_text(path, "utf-8").raw
+    if raw.partition(b"\n")[0].rstrip() != ",".join(AUGMENTED_COLUMNS).encode():
+        return read_table(path, **options)
+    try:
+        raw.decode()
+        encoding = "utf-8"
+    except UnicodeDecodeError:
+        encoding = options.get("encoding", "utf-8")
+    return read_table(path, encoding, quoting="standard")
 
 
 def find_table(folder: Path, *stems: str, who: str = "") -> Path:
     """The one table of a data folder with one of these names: `train.csv`, `train.tsv` …
 
-    who: reads it, for the message. Raises DataError when there is none, or more than one.
+    who: what needs the table, for the message
+    Raises DataError when there is none, or more than one.
     """
     names = [stem + suffix for stem in stems for suffix in SUFFIXES]
     paths = folder.iterdir() if folder.is_dir() else ()
@@ -174,25 +186,28 @@ def _read_delimited(
     """The rows of a CSV or TSV file. Raises DataError where it is in doubt how it is written."""
     usual = "\t" if file.path.suffix.lower() in (".tsv", ".tab") else ","
     found, header, header_quoting = _choose_delimiter(file, columns, usual, delimiter, quoting)
+    notes = []
     if found != usual and delimiter is None:
-        _say(file.path, f"is read with {DELIMITERS[found]} between its fields")
-    if quoting is not None:
-        return _read_rows(file, columns, found, quoting)
+        notes.append(f"is read with {DELIMITERS[found]} between its fields")
 
     @cache
     def attempt(quoting: str) -> Rows:
         return _read_rows(file, columns, found, quoting, only_try=True)
 
-    try:
+    if quoting is None:
         signs = find_signs(file.lines(), found)
-        rows = choose_quoting(attempt, signs, found, header, header_quoting)
-    except DataError as error:
-        raise DataError(f"{file.path}, {error}") from None
+        try:
+            rows = choose_quoting(attempt, signs, found, header, header_quoting)
+        except DataError as error:
+            raise DataError(f"{file.path}, {error}") from None
+        quoting = rows.quoting
+        is_usual = quoting == "standard" or (quoting == "none" and is_glue(found, header))
+        if not is_usual and not rows.equal(attempt("standard")):
+            notes.append(f"is read so that {MEANING[quoting]} (--quoting {quoting})")
+    rows = attempt(quoting)
     if not rows.works:
-        return _read_rows(file, columns, found, rows.quoting)
-    is_usual = rows.quoting == ("none" if is_glue(found, header) else "standard")
-    if not is_usual and not rows.equal(attempt("standard")):
-        _say(file.path, f"is read so that {MEANING[rows.quoting]} (--quoting {rows.quoting})")
+        rows = _read_rows(file, columns, found, quoting)
+    rows.notes += notes
     return rows
 
 
@@ -204,7 +219,7 @@ def _choose_delimiter(
     for some_quoting in (quoting,) if quoting else ("standard", "single"):
         for candidate in (delimiter,) if delimiter else dict.fromkeys((usual, *DELIMITERS)):
             try:
-                line, _, header = next(_iterate_records(file, candidate, some_quoting))
+                line, _, header = next(_iterate_records(file, candidate, some_quoting), (1, [], []))
             except _Breakdown as breakdown:
                 problem = problem or breakdown.what
                 continue
@@ -256,10 +271,9 @@ def _read_rows(
                     f"{MEANING['spaced']}, or --quoting none if {MEANING['none']}"
                 )
             if len(of_record) > 1:
-                for inner, physical in enumerate(of_record[:-1], line):
-                    fields = physical.split(delimiter)
-                    if len(fields) == len(header):
-                        rows.inner_labels.append((inner, fields[label_place]))
+                rows.inner_labels += _find_inner_labels(
+                    line, of_record, delimiter, len(header), label_place, text_place
+                )
             if not problem:
                 rows.add(line, record[text_place], label)
                 continue
@@ -269,6 +283,27 @@ def _read_rows(
     except _Breakdown as breakdown:
         rows.bad.append(str(breakdown))
     return rows
+
+
+def _find_inner_labels(
+    first: int,
+    of_record: list[str],
+    delimiter: str,
+    num_columns: int,
+    label_place: int,
+    text_place: int,
+) -> Iterator[tuple[int, str]]:
+    """(line, what stands where its label would) for the lines of a record that may be rows.
+
+    One of them has the record's own label: its first line, or its last.
+    """
+    lines = list(enumerate(of_record, first))
+    for number, line in lines[1:] if label_place < text_place else lines[:-1]:
+        fields = line.rstrip("\r\n").split(delimiter)
+        if label_place in (0, num_columns - 1) and len(fields) > 1:
+            yield number, fields[0 if label_place == 0 else -1]
+        elif len(fields) == num_columns:
+            yield number, fields[label_place]
 
 
 def _explain_record(record: list[str], num_columns: int) -> str:
@@ -407,7 +442,3 @@ def _long_fields(longest: int) -> Iterator[None]:
         yield
     finally:
         csv.field_size_limit(previous)
-
-
-def _say(path: Path, what: str) -> None:
-    warnings.warn(f"{path} {what}", TwoStageWarning, stacklevel=5)

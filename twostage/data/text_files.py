@@ -83,7 +83,7 @@ class TextFile:
 
 
 def _guess_encoding(raw: bytes) -> str:
-    """What a file with many NUL bytes is likely to be in; empty for others."""
+    """The likely encoding of a file with NUL bytes, or an empty string."""
     for start, encoding in _UTF_STARTS:
         if raw.startswith(start):
             return encoding
@@ -94,7 +94,11 @@ def _guess_encoding(raw: bytes) -> str:
 
 
 def open_text(path: Path, encoding: str) -> TextFile:
-    """Raises DataError for a file that cannot be read or is known to be no text, and UsageError."""
+    """Read a text file.
+
+    Raises DataError for one that cannot be read or is known to be no text, and UsageError for an
+    encoding that Python does not know.
+    """
     try:
         is_text = "".encode(encoding) is not None and isinstance(b"".decode(encoding), str)
     except (LookupError, ValueError):
@@ -110,9 +114,9 @@ def open_text(path: Path, encoding: str) -> TextFile:
         raise DataError(f"there is no file '{path}'") from None
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}") from error
-    beginning = raw[:100].removeprefix(b"\xef\xbb\xbf").lstrip().lower()
+    beginning = raw[:100].removeprefix(codecs.BOM_UTF8)
     for first, kind, remedy in _OTHER_FILES:
-        if beginning.startswith(first.lower()):
+        if beginning.startswith(first) or beginning.lstrip().lower().startswith(first):
             raise DataError(f"{path} is {kind}, not a table; {remedy}")
     if raw.startswith(codecs.BOM_UTF8) and codecs.lookup(encoding).name not in _UTF_8:
         raise DataError(f"{path} begins as UTF-8 does; leave out --encoding {encoding}")
