@@ -5,16 +5,16 @@ closing quote with neither a delimiter nor a line end behind it, at a quote that
 and at a row without the header's number of fields. The way that is left is the right one, and ways
 that give the same rows are the same. Where two are left that differ:
 
-- Quotes that join lines, of which one has a known label where a row would have it: the number of
-  rows is in doubt, and nobody can know it. (This holds where one way is left, too.)
-- Quotes around fields, commas between them: the file means them so.
-- Quotes around fields, tabs between them: they show whether a program wrote them. One that
-  encloses fields encloses each that holds a quote, and doubles it there; Excel does so for commas
-  too. GLUE's files (`sentence<TAB>label`) have no quoting at all.
-- Backslashes, each before something that it could escape, and apostrophes, each where it could
-  enclose: such files are rare, and nobody can know.
+- Quotes join lines, of which one has a known label where a row would have it: the number of rows
+  is in doubt. (This holds where one way is left, too.)
+- Quotes stand around fields between commas: they enclose the fields.
+- Quotes stand around fields between tabs: their places show whether a program wrote them. A program
+  that encloses fields encloses each that holds a quote, and doubles the quote; Excel does so for
+  commas too. GLUE's files (`sentence<TAB>label`) have no quoting at all.
+- Each backslash stands before something that it could escape, or each apostrophe where it could
+  enclose a field: the file is in doubt.
 
-What cannot be known is refused, with the line and the values of `quoting` that settle it.
+What is in doubt is refused, with the line and the values of `quoting` that settle it.
 """
 
 import csv
