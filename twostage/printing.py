@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 SHOWN_CLASSES = 20
 """The most classes that a table for people has."""
+MAX_REPORTED = 10
+"""The most bad rows, or classes, that one message names."""
 
 # Fillers, blanks and selectors that Unicode does not count among its format characters.
 _BLANK = re.compile(
@@ -48,6 +50,16 @@ def list_some(items: Sequence[str], limit: int, separator: str = "; ") -> str:
     """The first `limit` items, and how many more there are."""
     more = [f"and {len(items) - limit:,} more"] if len(items) > limit else []
     return separator.join([*items[:limit], *more])
+
+
+def list_bad_rows(source: str, bad: Sequence[str]) -> str:
+    """One sentence that names up to MAX_REPORTED bad rows."""
+    return f"{source} has {count(len(bad), 'bad row')}: {list_some(bad, MAX_REPORTED)}"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 row`, `1,000 rows`."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:

@@ -194,7 +194,7 @@ def train_two_stage(
         tables.append(as_table(augmented, "augmented data"))
     classes = find_classes(tables[0])
     labels = [classes.encode(table) for table in tables]
-    warn_of_twins(classes, tables[0], labels[0])
+    warn_of_twins(classes, tables[0])
     for table, labels_N in zip(tables[2:], labels[2:], strict=True):
         for c in np.flatnonzero(np.bincount(labels_N, minlength=len(classes)) == 0):
             raise DataError(f"class {quoted(classes.names[c])} has no row in {table.source}")

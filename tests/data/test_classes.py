@@ -185,7 +185,7 @@ def test_near_twins_are_named_with_what_they_differ_in(other: str, kind: str) ->
     classes = find_classes(train)
     assert len(classes) == 3
     with pytest.warns(TwoStageWarning) as caught:
-        warn_of_twins(classes, train, classes.encode(train))
+        warn_of_twins(classes, train)
     (message,) = {str(warning.message) for warning in caught}
     assert "'spam' (30 rows)" in message
     assert "(2 rows)" in message
@@ -210,7 +210,7 @@ def test_what_may_be_a_slip_is_named(labels: list[str], message: str) -> None:
     train = Table(["x"] * len(labels), labels)
     classes = find_classes(train)
     with pytest.warns(TwoStageWarning, match=message):
-        warn_of_twins(classes, train, classes.encode(train))
+        warn_of_twins(classes, train)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +231,7 @@ def test_ordinary_classes_have_no_twins(labels: list[Any]) -> None:
     classes = find_classes(train)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warn_of_twins(classes, train, classes.encode(train))
+        warn_of_twins(classes, train)
 
 
 def test_a_slip_in_the_test_data_is_said_first(tmp_path: Path) -> None:

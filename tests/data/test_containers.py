@@ -22,7 +22,7 @@ class Named(NamedTuple):
 
 
 class Columns:
-    """A frame of a library that nobody has thought of."""
+    """A data frame of an unknown library."""
 
     column_names = ("id", "sentence", "label")
 

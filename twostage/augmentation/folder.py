@@ -260,9 +260,9 @@ def format_quality(pool: Pool, names: tuple[str, ...]) -> str:
     ]
     if len(rows) <= SHOWN_CLASSES:
         return format_table(header, rows)
-    worst = sorted(rows, key=lambda row: int(str(row[3])))[:SHOWN_CLASSES]
+    worst_C = sorted(range(len(rows)), key=lambda c: pool.quality_C[c].kept)[:SHOWN_CLASSES]
     title = f"The {SHOWN_CLASSES} classes with the fewest kept, of {len(rows):,}; all: {REPORT}"
-    return f"{title}\n{format_table(header, worst)}"
+    return f"{title}\n{format_table(header, [rows[c] for c in worst_C])}"
 
 
 def _finish(
@@ -408,9 +408,8 @@ def read_folder(data_path: Path, **options: Unpack[TableOptions]) -> TrainingDat
         raise DataError(f"there is no data folder '{data_path}'; it should hold train.csv")
     table = read_table(find_table(data_path, "train"), **options)
     classes = find_classes(table)
-    labels_N = classes.encode(table)
-    warn_of_twins(classes, table, labels_N)
-    return TrainingData(data_path, table, classes, labels_N)
+    warn_of_twins(classes, table)
+    return TrainingData(data_path, table, classes, classes.encode(table))
 
 
 def find_server_price(settings: ParaphraseSettings, server: Server) -> Price | None:

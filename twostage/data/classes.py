@@ -27,13 +27,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import DataError, TwoStageWarning
-from ..printing import list_some, quoted, visible, without_invisible
+from ..printing import (
+    MAX_REPORTED,
+    count,
+    list_bad_rows,
+    list_some,
+    quoted,
+    visible,
+    without_invisible,
+)
 
 if TYPE_CHECKING:
     from .containers import Table
-
-MAX_REPORTED = 10
-"""Bad rows, or classes, that one message names."""
 
 _WHOLE = re.compile(r"([+-]?(?:0|[1-9][0-9]{0,999}))(?:\.0*)?")
 # Cyrillic and Greek letters, dashes and apostrophes that print as Latin ones do.
@@ -93,7 +98,7 @@ class Classes:
                 kinds, (mine, its) = _difference([name, known[_fold(name)]])
                 slips.append(
                     f"{table.where(rows[0])}: class {mine} differs only in {kinds} from class "
-                    f"{its} of {self.source}; write both alike ({_count(len(rows), 'such row')})"
+                    f"{its} of {self.source}; write both alike ({count(len(rows), 'such row')})"
                 )
         if slips:
             return list_some(slips, MAX_REPORTED)
@@ -120,44 +125,35 @@ def find_classes(train: "Table") -> Classes:
     return Classes(tuple(ordered), train.source)
 
 
-def warn_of_twins(classes: Classes, table: "Table", labels_N: np.ndarray) -> None:
+def warn_of_twins(classes: Classes, train: "Table") -> None:
     """Warn (TwoStageWarning), in one line, of classes that may be one, and of one written in
-    several ways, with their rows.
-
-    table: the training data. labels_N: [N] their class indices
-    """
-    groups: dict[object, list[int]] = {}
-    for c, name in enumerate(classes.names):
-        groups.setdefault(_fold(name), []).append(c)
-    counts_C = np.bincount(labels_N, minlength=len(classes)).tolist()
+    several ways, with their rows."""
+    spellings: dict[str, Counter[str]] = {name: Counter() for name in classes.names}
+    for label, rows in Counter(map(str, train.labels)).items():
+        spellings[class_name(label)][label.strip()] += rows
+    groups: dict[str, list[str]] = {}
+    for name in classes.names:
+        groups.setdefault(_fold(name), []).append(name)
     notes = []
     for group in groups.values():
         if len(group) > 1:
-            kinds, shown = _difference([classes.names[c] for c in group])
-            rows = [
-                f"{name} ({_count(counts_C[c], 'row')})"
-                for name, c in zip(shown, group, strict=True)
+            kinds, shown = _difference(group)
+            ways = [
+                f"{way} ({count(spellings[name].total(), 'row')})"
+                for way, name in zip(shown, group, strict=True)
             ]
             notes.append(
-                f"classes {' and '.join(rows)} differ only in {kinds}; if they are one, write them "
+                f"classes {' and '.join(ways)} differ only in {kinds}; if they are one, write them "
                 "alike"
             )
-    spellings: dict[str, dict[str, int]] = {}
-    for spelling, count in Counter(str(label).strip() for label in table.labels).items():
-        spellings.setdefault(class_name(spelling), {})[spelling] = count
-    for name, counts in spellings.items():
-        if len(counts) > 1:
-            ways = [f"{quoted(way)} ({_count(n, 'row')})" for way, n in counts.items()]
+    for name, rows_of in spellings.items():
+        if len(rows_of) > 1:
+            ways = [f"{quoted(way)} ({count(rows, 'row')})" for way, rows in rows_of.items()]
             notes.append(f"class {quoted(name)} is written as {' and '.join(ways)}")
     if notes:
         warnings.warn(
             f"{classes.source}: {list_some(notes, MAX_REPORTED)}", TwoStageWarning, stacklevel=3
         )
-
-
-def list_bad_rows(source: str, bad: list[str]) -> str:
-    """One sentence that names up to MAX_REPORTED bad rows."""
-    return f"{source} has {_count(len(bad), 'bad row')}: {list_some(bad, MAX_REPORTED)}"
 
 
 def _class_names(labels: Iterable[object]) -> list[str]:
@@ -213,7 +209,3 @@ def _difference(names: Sequence[str]) -> tuple[str, list[str]]:
     print_alike = {"invisible characters", "Unicode form", "letters that look alike"}
     show = ascii if print_alike & {*kinds} else quoted
     return " and ".join(kinds), [show(name) for name in names]
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -16,8 +16,8 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from ..errors import DataError
-from ..printing import shorten, visible
-from .classes import is_label, list_bad_rows
+from ..printing import list_bad_rows, shorten, visible
+from .classes import is_label
 from .columns import LABEL_COLUMN, TEXT_COLUMNS, Columns, normalize
 
 _NAMES = (*TEXT_COLUMNS, LABEL_COLUMN)
@@ -52,12 +52,12 @@ class Table:
                 f"{self.source} has {len(self.texts)} texts but {len(self.labels)} labels"
             )
         bad = [
-            f"{self.where(row)}: the text is {shorten(text)}; expected a string"
+            f"{self.where(row)}: {explain_text(text)}"
             for row, text in enumerate(self.texts)
             if not isinstance(text, str)
         ]
         bad += [
-            f"{self.where(row)}: the label is {shorten(label)}; expected a string or an integer"
+            f"{self.where(row)}: {explain_label(label)}"
             for row, label in enumerate(self.labels)
             if not is_label(label)
         ]
@@ -79,6 +79,16 @@ class Table:
         if self.lines:
             return f"{visible(self.source)}, line {self.lines[row]}"
         return f"{visible(self.source)}, row {row}"
+
+
+def explain_text(text: object) -> str:
+    """Why this cannot be a text."""
+    return f"the text is {shorten(text)}; expected a string"
+
+
+def explain_label(label: object) -> str:
+    """Why this names no class."""
+    return f"the label is {shorten(label)}; expected a string or an integer"
 
 
 LabelledTexts = Table | Iterable[Any]
@@ -113,8 +123,8 @@ def _split_columns(data: object, name: str) -> tuple[Any, Any]:
     if not items:
         return [], []
     if not all(map(_is_column, items)):
-        kinds = " and ".join(sorted({f"{_describe(item)}s" for item in items}))
-        raise DataError(f"{name} is {_describe(data)} of {kinds.replace('a ', '')}; {FORM}")
+        kinds = " and ".join(sorted({f"{_kind(item)}s" for item in items}))
+        raise DataError(f"{name} is {_describe(data)} of {kinds}; {FORM}")
     if all(hasattr(item, "_fields") for item in items):  # named tuples, as of `itertuples`
         places = Columns().find(items[0]._fields)
         if places is None:
@@ -134,7 +144,7 @@ def _split_columns(data: object, name: str) -> tuple[Any, Any]:
 
 def _are_pairs(data: object, items: list[Any], name: str) -> bool:
     """Whether the items are (text, label) pairs, and not a column of texts and one of labels."""
-    if not items or not all(hasattr(item, "__len__") and len(item) == 2 for item in items):
+    if not all(hasattr(item, "__len__") and len(item) == 2 for item in items):
         return False
     if len(items) != 2:
         return True
@@ -176,13 +186,12 @@ def _take_columns(data: Any, columns: list[Any], name: str) -> tuple[Any, Any]:
 def _as_list(column: Any, name: str) -> list[Any] | tuple[Any, ...]:
     """A column's values by position, whatever index it has."""
     if isinstance(column, (list, tuple)):
-        if any(_is_tensor(value) for value in column):
+        if any(map(_is_scalar_tensor, column)):
             return [_to_python(value) if _is_scalar_tensor(value) else value for value in column]
         return column
     if not _is_column(column):
         raise DataError(f"{name} has {shorten(column)} where a list is expected; {FORM}")
-    values = _to_python(column)
-    return list(values)
+    return list(_to_python(column))
 
 
 def _to_python(values: Any) -> Any:
@@ -190,13 +199,15 @@ def _to_python(values: Any) -> Any:
 
     Those of 32 or 16 bits stay so: Python's floats would print 4.7 as 4.699999809265137.
     """
+    if isinstance(values, np.ndarray):
+        return values
     kind = str(getattr(values, "dtype", getattr(values, "type", ""))).rpartition(".")[2].lower()
+    width = {"float32": np.float32, "float": np.float32, "float16": np.float16}.get(kind)
     for method in ("to_pylist", "to_list", "tolist"):  # Arrow, polars, torch
-        if hasattr(values, method) and not isinstance(values, np.ndarray):
+        if hasattr(values, method):
             values = getattr(values, method)()
             break
-    width = {"float32": np.float32, "float": np.float32, "float16": np.float16}.get(kind)
-    if width is None or isinstance(values, np.ndarray):
+    if width is None:
         return values
     if not isinstance(values, list):
         return width(values)
@@ -212,16 +223,21 @@ def _is_column(value: object) -> TypeGuard[Iterable[Any]]:
     )
 
 
-def _is_tensor(value: object) -> bool:
-    """Whether it is an array of another library than numpy, such as torch."""
-    return hasattr(value, "tolist") and not type(value).__module__.startswith(("numpy", "pandas"))
-
-
 def _is_scalar_tensor(value: object) -> bool:
-    return _is_tensor(value) and getattr(value, "ndim", None) == 0
+    """Whether it is a tensor without axes, of another library than numpy."""
+    return (
+        hasattr(value, "tolist")
+        and not isinstance(value, (np.ndarray, np.generic))
+        and (getattr(value, "ndim", None) == 0)
+    )
 
 
 def _describe(data: object) -> str:
-    kind = type(data)
-    name = f"{kind.__module__}.{kind.__qualname__}".removeprefix("builtins.")
-    return {"list": "a list", "tuple": "a tuple", "dict": "a dict", "str": "string"}.get(name, name)
+    kind = _kind(data)
+    return f"a {kind}" if isinstance(data, (list, tuple, dict)) else kind
+
+
+def _kind(data: object) -> str:
+    """The type's name, `string` for a string."""
+    name = f"{type(data).__module__}.{type(data).__qualname__}".removeprefix("builtins.")
+    return "string" if name == "str" else name

@@ -17,18 +17,20 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
 from ..errors import DataError, TwoStageWarning, UsageError
 from ..files import replacing
-from ..printing import quoted, shorten, without_invisible
+from ..printing import list_bad_rows, quoted, shorten, without_invisible
 from .classes import Classes as Classes
 from .classes import find_classes as find_classes
-from .classes import is_label, list_bad_rows
+from .classes import is_label
 from .columns import LABEL_COLUMN, Columns, normalize
 from .containers import Table as Table
+from .containers import explain_label, explain_text
 from .dialects import (
     BEHIND_QUOTE,
     DELIMITERS,
@@ -82,33 +84,7 @@ def read_table(
     """
     columns = Columns(text_column, label_column)
     delimiter, quoting = _check_delimiter(delimiter), _check_quoting(quoting)
-    path = Path(path)
-    file = open_text(path, encoding)
-    try:
-        first_line, has_nul = _glance(file)
-    except UnicodeError as error:
-        raise file.explain(error) from None
-    if has_nul:
-        raise file.explain()
-    if not first_line:
-        raise DataError(f"{path} is empty; expected a header with 'text' and 'label', then rows")
-    is_json = path.suffix.lower() in _JSON_SUFFIXES
-    if is_json or (first_line.startswith("{") and not delimiter and not quoting):
-        rows = _read_json(file, columns)
-        if not is_json:
-            rows.notes.append("is read as JSONL, one object a line")
-    elif re.fullmatch(r'"?sep=.?"?', first_line, re.IGNORECASE):
-        raise DataError(f"{path}, line 1: 'sep=' is meant for Excel alone; remove the line")
-    else:
-        with _long_fields(len(file.raw)):
-            rows = _read_delimited(file, columns, delimiter, quoting)
-    if rows.bad:
-        raise DataError(list_bad_rows(str(path), rows.bad))
-    if not rows.texts:
-        raise DataError(f"{path} has a header but no rows")
-    for note in rows.notes:
-        warnings.warn(f"{path} {note}", TwoStageWarning, stacklevel=2)
-    return Table(rows.texts, rows.labels, str(path), rows.lines)
+    return _read_file(open_text(Path(path), encoding), columns, delimiter, quoting)
 
 
 def read_augmented(path: Path, **options: Unpack[TableOptions]) -> Table:
@@ -117,15 +93,14 @@ def read_augmented(path: Path, **options: Unpack[TableOptions]) -> Table:
     The one that `augment` writes, or the published code, is known by its header: commas, standard
     quoting, and UTF-8 unless it is none. `options` hold for another one.
     """
-    raw = open_text(path, "utf-8").raw
-    if raw.partition(b"\n")[0].rstrip() != ",".join(AUGMENTED_COLUMNS).encode():
+    file = open_text(path, "utf-8")
+    if file.raw.partition(b"\n")[0].rstrip() != ",".join(AUGMENTED_COLUMNS).encode():
         return read_table(path, **options)
     try:
-        raw.decode()
-        encoding = "utf-8"
+        file.raw.decode()
     except UnicodeDecodeError:
-        encoding = options.get("encoding", "utf-8")
-    return read_table(path, encoding, quoting="standard")
+        file = replace(file, encoding=options.get("encoding", "utf-8"))
+    return _read_file(file, Columns(), None, "standard")
 
 
 def find_table(folder: Path, *stems: str, who: str = "") -> Path:
@@ -171,13 +146,32 @@ def write_table(path: Path, header: Sequence[str], rows: Iterable[Sequence[objec
             (quoting_writer if has_return else writer).writerow(row)
 
 
-def _glance(file: TextFile) -> tuple[str, bool]:
-    """(the first line that is not blank, whether any holds a NUL). Raises UnicodeError."""
-    first_line, has_nul = "", False
-    for line in file.lines():
-        first_line = first_line or line.strip()
-        has_nul = has_nul or "\0" in line
-    return first_line, has_nul
+def _read_file(
+    file: TextFile, columns: Columns, delimiter: str | None, quoting: str | None
+) -> Table:
+    """The table in a file. Raises DataError; warns in the name of its caller's caller."""
+    first_line = next((line.strip() for line in file.lines() if line.strip()), "")
+    if not first_line:
+        raise DataError(
+            f"{file.path} is empty; expected a header with 'text' and 'label', then rows"
+        )
+    is_json = file.path.suffix.lower() in _JSON_SUFFIXES
+    if is_json or (first_line.startswith("{") and not delimiter and not quoting):
+        rows = _read_json(file, columns)
+        if not is_json:
+            rows.notes.append("is read as JSONL, one object a line")
+    elif re.fullmatch(r'"?sep=.?"?', first_line, re.IGNORECASE):
+        raise DataError(f"{file.path}, line 1: 'sep=' is meant for Excel alone; remove the line")
+    else:
+        with _long_fields(len(file.raw)):
+            rows = _read_delimited(file, columns, delimiter, quoting)
+    if rows.bad:
+        raise DataError(list_bad_rows(str(file.path), rows.bad))
+    if not rows.texts:
+        raise DataError(f"{file.path} has a header but no rows")
+    for note in rows.notes:
+        warnings.warn(f"{file.path} {note}", TwoStageWarning, stacklevel=3)
+    return Table(rows.texts, rows.labels, str(file.path), rows.lines)
 
 
 def _read_delimited(
@@ -408,9 +402,9 @@ def _read_object(line: str, columns: Columns) -> tuple[str, Any]:
         raise DataError(columns.explain(names))
     text, label = (pairs[place][1] for place in places)
     if not isinstance(text, str):
-        raise DataError(f"the text is {shorten(text)}; expected a string")
+        raise DataError(explain_text(text))
     if not is_label(label):
-        raise DataError(f"the label is {shorten(label)}; expected a string or an integer")
+        raise DataError(explain_label(label))
     if columns.is_header([text, str(label)], [names[place] for place in places]):
         raise DataError("the names of the columns stand here as values; remove the line")
     for value in (text, str(label)):

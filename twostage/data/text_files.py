@@ -46,24 +46,26 @@ class TextFile:
     def lines(self) -> Iterator[str]:
         """Each with its end (`\\n`, `\\r\\n` or `\\r`), the last one too; no byte order mark.
 
-        Raises UnicodeError; see `explain`.
+        Raises DataError at what is no text in this encoding.
         """
         end = "\n"
         file = io.TextIOWrapper(io.BytesIO(self.raw), self.encoding, newline="")
-        for number, line in enumerate(file, 1):
-            if number == 1:
-                line = line.removeprefix("\ufeff")
-            if line.endswith(("\n", "\r")):
-                end = line[-2:] if line.endswith("\r\n") else line[-1]
-                yield line
-            else:
-                yield line + end
+        try:
+            for number, line in enumerate(file, 1):
+                if "\0" in line:
+                    raise self._explain(None)
+                if number == 1:
+                    line = line.removeprefix("\ufeff")
+                if line.endswith(("\n", "\r")):
+                    end = line[-2:] if line.endswith("\r\n") else line[-1]
+                    yield line
+                else:
+                    yield line + end
+        except UnicodeError as error:
+            raise self._explain(error) from None
 
-    def explain(self, error: UnicodeError | None = None) -> DataError:
-        """Why it is no text in this encoding, with the line where that shows.
-
-        error: of `lines`; None where a line holds a NUL
-        """
+    def _explain(self, error: UnicodeError | None) -> DataError:
+        """Why it is no text, with the line where that shows. error: None where a line has a NUL."""
         before, remedy = "", _REMEDY
         if error is None:
             content = self.raw.decode(self.encoding)
@@ -100,14 +102,12 @@ def open_text(path: Path, encoding: str) -> TextFile:
     encoding that Python does not know.
     """
     try:
-        is_text = "".encode(encoding) is not None and isinstance(b"".decode(encoding), str)
+        io.TextIOWrapper(io.BytesIO(), encoding)
     except (LookupError, ValueError):
-        is_text = False
-    if not is_text:
         raise UsageError(
             f"encoding is {encoding!r}; expected a name that Python knows, such as utf-8, utf-16 "
             "or cp1252"
-        )
+        ) from None
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
