@@ -21,15 +21,17 @@ ORDER = [
     "demo",
     "experiment",
     "report",
+    "facts",
     "saved_model",
     "two_stage",
+    "preparation",
     "recipe",
     "training",
     "model|data",
     "kernels",
 ]
 SIDE_LAYERS = {"assets": {"cli", "demo"}, "augmentation": {"cli", "demo"}, "memory": {"cli"}}
-SHARED = {"errors", "files", "printing", "progress"}
+SHARED = {"errors", "files", "model_folder", "printing", "progress"}
 
 
 def layer_of(path: Path) -> str:

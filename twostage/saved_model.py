@@ -3,7 +3,7 @@
     config.json         shape of the encoder, classes and their training rows, length of texts
     model.safetensors   fp32: the encoder under transformers' names (`bert.*`) and the recipe's
                         head, `classifier.0` and `classifier.2`
-    tokenizer.json      without truncation and padding
+    tokenizer.json      without truncation and padding; tokenizer_config.json says how to read it
 
 It serves as a checkpoint to start from as well; a new head then takes the place of the old one.
 """
@@ -20,15 +20,16 @@ from safetensors.torch import save_file
 from torch import nn
 
 from .data.tokenization import check_vocabulary, load_tokenizer
+from .data.tokenizer_files import describe_settings
 from .errors import ModelError, UsageError, writing_to
 from .model.bert import BertClassifier, assemble_classifier
 from .model.checkpoint import (
-    SAVED_MODEL_TYPE,
     from_stored,
     read_config,
     read_tensors,
     to_stored,
 )
+from .model_folder import CONFIG, SAVED_MODEL_TYPE, WEIGHTS, check_folder
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -58,10 +59,12 @@ def save_model(
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
-            _write_weights(partial / "model.safetensors", classifier)
+            _write_weights(partial / WEIGHTS, classifier)
             description = json.dumps(_describe(classifier, info), indent=2) + "\n"
-            (partial / "config.json").write_text(description, encoding="utf-8")
+            (partial / CONFIG).write_text(description, encoding="utf-8")
             (partial / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
+            settings = json.dumps(describe_settings(tokenizer), indent=2) + "\n"
+            (partial / "tokenizer_config.json").write_text(settings, encoding="utf-8")
             shutil.rmtree(earlier, ignore_errors=True)
             if folder.exists():
                 folder.replace(earlier)
@@ -73,17 +76,15 @@ def save_model(
 
 def load_model(folder: Path) -> tuple[BertClassifier, "Tokenizer", ModelInfo]:
     """A classifier that `save_model` wrote. Raises ModelError for a folder that is not one."""
-    if not folder.is_dir():
-        raise ModelError(
-            f"there is no model folder '{folder}'; give one that `twostage train --save-models` "
-            "wrote, such as results/seed-7"
-        )
-    path = folder / "model.safetensors"
-    config, description = read_config(folder / "config.json")
-    info = _read_info(description, folder / "config.json")
-    stored = read_tensors(path)
+    check_folder(
+        folder,
+        "give one that `twostage train --save-models` wrote, such as results/seed-7",
+    )
+    config, description = read_config(folder / CONFIG)
+    info = _read_info(description, folder / CONFIG)
+    stored = read_tensors(folder)
     head = {name: stored.pop(name) for name in list(stored) if name.startswith("classifier.")}
-    encoder = from_stored(stored, config, str(path))
+    encoder = from_stored(stored, config, str(folder))
     tensors = {f"bert.{name}": tensor for name, tensor in encoder.items()}
     with torch.device("meta"):
         expected = dict(BertClassifier(config, len(info.class_names)).named_parameters())
@@ -92,15 +93,15 @@ def load_model(folder: Path) -> tuple[BertClassifier, "Tokenizer", ModelInfo]:
             continue
         if name not in head or head[name].shape != parameter.shape:
             raise ModelError(
-                f"{path}: '{name}' is missing or does not have shape {list(parameter.shape)}; "
-                "expected a folder that twostage saved"
+                f"the weights of '{folder}': '{name}' is missing or does not have shape "
+                f"{list(parameter.shape)}; expected a folder that twostage saved"
             )
         tensors[name] = head[name].to(torch.float32, copy=True)
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, config.vocab_size, folder)
     if info.max_length > config.max_position_embeddings:
         raise ModelError(
-            f"{folder / 'config.json'}: max_length is {info.max_length}, but there are "
+            f"{folder / CONFIG}: max_length is {info.max_length}, but there are "
             f"{config.max_position_embeddings} positions"
         )
     parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}

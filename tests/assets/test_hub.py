@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from twostage.assets.hub import FILES, fetch_model, find_model
+from twostage.assets.hub import fetch_model, find_model
 from twostage.errors import ModelError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -23,7 +23,12 @@ CONTENT = {
     "model.safetensors": bytes(range(256)) * 500,
     "tokenizer.json": b'{"tokenizer": 1}',
     "tokenizer_config.json": b'{"do_lower_case": true}',
+    "special_tokens_map.json": b'{"mask_token": "[MASK]"}',
+    "added_tokens.json": b"{}",
     "vocab.txt": b"[PAD]\n[UNK]\n",
+}
+FILES = tuple(CONTENT)
+CONTENT |= {
     "pytorch_model.bin": b"a pickle",
     "flax_model.msgpack": b"flax",
     "onnx/model.onnx": b"onnx",
@@ -106,7 +111,7 @@ def hub(server: Any, tmp_path: Path) -> Hub:
 FIND = ("find_model", "tiny-bert")
 
 
-def test_the_first_use_downloads_five_files_and_the_second_asks_nobody(hub: Hub) -> None:
+def test_the_first_use_downloads_these_files_and_the_second_asks_nobody(hub: Hub) -> None:
     hub.has("tiny-bert", CONTENT)
     (first,) = hub.call(FIND)
     assert first["said"] == [
@@ -127,7 +132,8 @@ def test_the_first_use_downloads_five_files_and_the_second_asks_nobody(hub: Hub)
 
 
 def test_a_model_of_an_owner_with_only_a_vocabulary_is_complete(hub: Hub) -> None:
-    hub.has("ann/tiny", {file: CONTENT[file] for file in ("config.json", *FILES[3:])})
+    files = ("config.json", "model.safetensors", "vocab.txt")
+    hub.has("ann/tiny", {file: CONTENT[file] for file in files})
     calls = [("find_model", "ann/tiny")] * 2
     first, second = hub.call(*calls)
     assert first["path"] == second["path"]
@@ -194,7 +200,14 @@ def test_the_cache_may_be_elsewhere(hub: Hub, tmp_path: Path) -> None:
     ("left_out", "said"),
     [
         ({"model.safetensors"}, "has no model.safetensors; pytorch_model.bin can run code"),
-        ({"model.safetensors", "pytorch_model.bin"}, "has no model.safetensors; choose another"),
+        (
+            {"model.safetensors", "pytorch_model.bin"},
+            "has no model.safetensors; flax_model.msgpack holds weights for Flax",
+        ),
+        (
+            {"model.safetensors", "pytorch_model.bin", "flax_model.msgpack", "onnx/model.onnx"},
+            "has no model.safetensors; choose another",
+        ),
         ({"tokenizer.json", "vocab.txt"}, "has neither tokenizer.json nor vocab.txt"),
         ({"config.json"}, "has no config.json"),
     ],
@@ -320,13 +333,12 @@ def test_a_folder_is_returned_as_it_is(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "name", ["/none", "./none", "../none", "~/none", ".none", "a\\b", "a/b/c", "a/", "a.bin"]
+    "name", ["/none", "./none", "../none", "~/none", ".none", "a\\b", "a/b/c", "a/"]
 )
 def test_a_path_without_a_folder_is_not_looked_for_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "a.bin").touch()
     with pytest.raises(ModelError) as caught:
         find_model(name, say=say_nothing)
     assert str(caught.value) == (
@@ -334,9 +346,17 @@ def test_a_path_without_a_folder_is_not_looked_for_on_the_hub(
         "and tokenizer.json (`twostage fetch demo` makes demo/model) or the name of a model on the "
         "Hugging Face Hub"
     )
-    if name != "a.bin":
-        with pytest.raises(ModelError, match="is not the name of a model on the Hugging Face Hub"):
-            fetch_model(name, say=say_nothing)
+    with pytest.raises(ModelError, match="is not the name of a model on the Hugging Face Hub"):
+        fetch_model(name, say=say_nothing)
+
+
+def test_a_file_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.bin").touch()
+    with pytest.raises(ModelError, match=r"'a\.bin' is a file; give the folder that holds it"):
+        find_model("a.bin", say=say_nothing)
 
 
 @pytest.mark.parametrize(

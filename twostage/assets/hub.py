@@ -1,8 +1,7 @@
 """Models by their name on the Hugging Face Hub, such as `bert-base-uncased`.
 
-A model is five files at most: `config.json`, `model.safetensors`, and the tokenizer as
-`tokenizer.json` or `vocab.txt`, with `tokenizer_config.json`. Nothing else of a repository is ever
-downloaded; above all not `pytorch_model.bin`, a pickle, which can run code when it is read.
+A model is the files that `model_folder.py` lists. Nothing else of a repository is ever downloaded;
+above all not `pytorch_model.bin`, a pickle, which can run code when it is read.
 
 The files go into the user's own cache, which other tools share, through huggingface_hub. It reads
 HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN by itself. The cache is looked at
@@ -20,11 +19,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import DownloadError, ModelError, TwoStageError, UsageError, writing_to
+from ..model_folder import (
+    CONFIG,
+    INDEX,
+    TOKENIZER_SETTINGS,
+    TOKENIZERS,
+    WEIGHTS,
+    explain_files,
+    weight_files,
+)
 
-WEIGHTS = "model.safetensors"
-TOKENIZERS = ("tokenizer.json", "vocab.txt")
-SMALL_FILES = ("config.json", "tokenizer_config.json", *TOKENIZERS)
-FILES = (*SMALL_FILES, WEIGHTS)
+SMALL_FILES = (CONFIG, *TOKENIZER_SETTINGS, *TOKENIZERS)
 
 _CANNOT_WRITE = {
     errno.ENOSPC,
@@ -51,10 +56,12 @@ def find_model(
     if os.path.isdir(name):
         return Path(name)
     if _is_path(name) or os.path.exists(name):
+        if os.path.isfile(name):
+            raise ModelError(f"'{name}' is a file; give the folder that holds it")
         raise ModelError(
-            f"there is no model folder '{name}'; give one that holds config.json, {WEIGHTS} and "
-            "tokenizer.json (`twostage fetch demo` makes demo/model) or the name of a model on the "
-            "Hugging Face Hub"
+            f"there is no model folder '{name}'; give one that holds {CONFIG}, {WEIGHTS} and "
+            f"{TOKENIZERS[0]} (`twostage fetch demo` makes demo/model) or the name of a model on "
+            "the Hugging Face Hub"
         )
     return _find_on_hub(name, say, show_progress)
 
@@ -81,8 +88,10 @@ def fetch_model(
     if _is_complete(folder) and _find_in_cache(name) is None:
         return folder  # and nothing here can tell whether it is another model's
     source = _find_on_hub(name, say, show_progress)
-    present = [file for file in FILES if (source / file).is_file()]
-    for file in FILES:
+    weights = [path.name for path in weight_files(source)]
+    weights += [INDEX] * (weights != [WEIGHTS])
+    present = [file for file in SMALL_FILES if (source / file).is_file()] + weights
+    for file in (*SMALL_FILES, WEIGHTS, INDEX, *weights):
         if (folder / file).exists() and not (
             file in present and filecmp.cmp(source / file, folder / file, shallow=False)
         ):
@@ -113,78 +122,92 @@ def _is_path(name: str) -> bool:
 
 
 def _is_complete(folder: Path) -> bool:
+    try:
+        files = [folder / CONFIG, *weight_files(folder)]
+    except ModelError:  # an index without its files
+        return False
     has_tokenizer = any((folder / file).is_file() for file in TOKENIZERS)
-    return has_tokenizer and all((folder / file).is_file() for file in ("config.json", WEIGHTS))
+    return has_tokenizer and all(file.is_file() for file in files)
 
 
 def _find_on_hub(name: str, say: Callable[[str], None], show_progress: bool) -> Path:
     from huggingface_hub import constants
 
     cached = _find_in_cache(name)
-    if cached is not None:
+    if cached is not None and _is_complete(cached):
         return cached
+    held = _explain_cached(cached)
     if constants.HF_HUB_OFFLINE:
         raise DownloadError(
             f"{name} is not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; unset it, or "
-            f"run `twostage fetch {name}` with a network and the same cache"
+            f"run `twostage fetch {name}` with a network and the same cache{held}"
         )
     try:
-        _check_files(name)
+        weights = _check_files(name)
         say(
             f"downloading {name} from the Hugging Face Hub into {constants.HF_HUB_CACHE} "
             "(first use)"
         )
-        _download(name, show_progress)
+        _download(name, weights, show_progress)
     except TwoStageError:
         raise
     except Exception as error:  # the types differ between versions of huggingface_hub
-        raise _explain(name, error) from error
+        explained = _explain(name, error)
+        raise type(explained)(f"{explained}{held}") from error
     found = _find_in_cache(name)
-    if found is None:
+    if found is None or not _is_complete(found):
         raise DownloadError(f"the download of {name} is not complete; run the command again")
     return found
 
 
 def _find_in_cache(name: str) -> Path | None:
-    """The folder in the cache, if the files that are needed are all there; asks no network."""
+    """The folder in the cache, if there is one; it may lack files. Asks no network."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
     try:
-        config = try_to_load_from_cache(name, "config.json")
+        config = try_to_load_from_cache(name, CONFIG)
     except HFValidationError:
         raise ModelError(
             f"{name!r} cannot be the name of a model on the Hugging Face Hub, and there is no "
             "folder of that name; expected a folder or a name such as bert-base-uncased"
         ) from None
-    if isinstance(config, str) and _is_complete(Path(config).parent):
-        return Path(config).parent
-    return None
+    return Path(config).parent if isinstance(config, str) else None
 
 
-def _check_files(name: str) -> None:
-    """Ask the hub for the list of files; raises ModelError if the model cannot be used."""
+def _explain_cached(folder: Path | None) -> str:
+    """What the cache holds instead of weights that can be loaded, as the end of a sentence."""
+    if folder is None or (folder / WEIGHTS).exists() or (folder / INDEX).exists():
+        return ""
+    other = explain_files((path.name for path in folder.iterdir()), folder)
+    return f"; what is in the cache has no {WEIGHTS}" + (f": {other}" if other else "")
+
+
+def _check_files(name: str) -> list[str]:
+    """Ask the hub for the list of files; returns those with weights.
+
+    Raises ModelError if the model cannot be used.
+    """
     from huggingface_hub import HfApi
 
     files = {file.rfilename for file in HfApi().model_info(name).siblings or ()}
-    if "config.json" not in files:
-        raise ModelError(f"{name} on the Hugging Face Hub has no config.json; choose another model")
+    if CONFIG not in files:
+        why = explain_files(files) or "choose another model"
+        raise ModelError(f"{name} on the Hugging Face Hub has no {CONFIG}; {why}")
     if not files & set(TOKENIZERS):
         raise ModelError(
             f"{name} on the Hugging Face Hub has neither {' nor '.join(TOKENIZERS)}; choose "
             "another model, or make a folder of your own with one of them"
         )
-    if WEIGHTS not in files:
-        why = "choose another model"
-        if "pytorch_model.bin" in files:
-            why = (
-                "pytorch_model.bin can run code when it is read, so it is not used: "
-                "convert it to safetensors, or choose another model"
-            )
-        raise ModelError(f"{name} on the Hugging Face Hub has no {WEIGHTS}; {why}")
+    if WEIGHTS in files:
+        return [WEIGHTS]
+    if INDEX in files:
+        return [INDEX, *(file for file in files if file.endswith(".safetensors"))]
+    why = explain_files(files) or "choose another model"
+    raise ModelError(f"{name} on the Hugging Face Hub has no {WEIGHTS}; {why}")
 
 
-def _download(name: str, show_progress: bool) -> None:
+def _download(name: str, weights: list[str], show_progress: bool) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
 
@@ -195,7 +218,7 @@ def _download(name: str, show_progress: bool) -> None:
             settings["disable"] = None if show_progress else True
             super().__init__(*args, **settings)  # type: ignore[no-untyped-call]
 
-    for files in (SMALL_FILES, FILES):
+    for files in (SMALL_FILES, (*SMALL_FILES, *weights)):
         snapshot_download(name, allow_patterns=list(files), tqdm_class=Bar)
 
 

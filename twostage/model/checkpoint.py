@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints: `config.json` and `model.safetensors` to and from our parameters.
+"""Hugging Face checkpoints: `config.json` and safetensors files to and from our parameters.
 
 One table names each of our parameters and the tensors that it is stored as. Loading reads the table
 from right to left, saving from left to right; both are exact. The only parameter that is stored in
@@ -6,7 +6,6 @@ pieces is `qkv`, which concatenates query, key and value along its rows, so that
 product serves all three.
 """
 
-import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -19,11 +18,26 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import ModelError, TwoStageWarning
+from ..model_folder import (
+    CONFIG,
+    SAVED_MODEL_TYPE,
+    check_folder,
+    check_no_pointer,
+    read_object,
+    weight_files,
+)
 from .bert import HEAD_SIZE, BertClassifier, BertConfig, assemble_classifier, initialize_linear
 
-SAVED_MODEL_TYPE = "twostage_bert"
-"""`model_type` of a saved classifier. Not `bert`: transformers' own BERT classifier, whose head has
-one layer, would load such a folder with a fresh random head, and only warn."""
+ACTIVATION_SYNONYMS = {
+    "gelu_python": "gelu",
+    "gelu_pytorch_tanh": "gelu_new",
+    "gelu_python_tanh": "gelu_new",
+    "gelu_fast": "gelu_new",
+    "gelu_accurate": "gelu_new",
+}
+"""Other names of `hidden_act`: the same functions, written differently in transformers."""
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FIRST_TENSOR = "embeddings.word_embeddings.weight"
 
 
 @dataclass(frozen=True)
@@ -68,30 +82,23 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     not supported.
     """
     folder = Path(folder)
-    if not folder.is_dir():
-        raise ModelError(
-            f"there is no model folder '{folder}'; give one that holds config.json, "
-            "model.safetensors and tokenizer.json (`twostage fetch demo` makes demo/model)"
-        )
-    config, _ = read_config(folder / "config.json")
-    path = folder / "model.safetensors"
-    stored = read_tensors(path)
-    return Checkpoint(config, from_stored(stored, config, str(path)))
+    check_folder(folder)
+    config, _ = read_config(folder / CONFIG)
+    return Checkpoint(config, from_stored(read_tensors(folder), config, str(folder)))
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. Raises ModelError for what cannot be read."""
-    if not path.is_file():
-        hint = ""
-        if path.with_name("pytorch_model.bin").is_file():
-            hint = "; pytorch_model.bin can run code when it is read: convert it to safetensors"
-        raise ModelError(f"{path} does not exist{hint}")
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ModelError(
-            f"{path} is not a readable safetensors file ({error}); get it again"
-        ) from error
+def read_tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder's safetensors files. Raises ModelError for what cannot be read."""
+    tensors: dict[str, Tensor] = {}
+    for path in weight_files(folder):
+        try:
+            tensors |= load_file(path)
+        except (SafetensorError, OSError) as error:
+            check_no_pointer(path)
+            raise ModelError(
+                f"{path} is not a readable safetensors file ({error}); get it again"
+            ) from error
+    return tensors
 
 
 def read_config(path: Path) -> tuple[BertConfig, dict[str, Any]]:
@@ -99,14 +106,7 @@ def read_config(path: Path) -> tuple[BertConfig, dict[str, Any]]:
 
     Returns the configuration and the whole object.
     """
-    try:
-        raw: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{path} does not exist") from None
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path} is not readable as JSON: {error}") from error
-    if not isinstance(raw, dict):
-        raise ModelError(f"{path} holds {type(raw).__name__}; expected a JSON object")
+    raw = read_object(path)
     supported = {
         "model_type": ("bert", SAVED_MODEL_TYPE),
         "position_embedding_type": ("absolute",),
@@ -121,8 +121,11 @@ def read_config(path: Path) -> tuple[BertConfig, dict[str, Any]]:
     if raw.get("pruned_heads"):
         raise ModelError(f"{path}: pruned_heads is set; pruned encoders are not supported")
     known = {field.name for field in fields(BertConfig)}
+    shape = {name: value for name, value in raw.items() if name in known}
+    if isinstance(raw.get("hidden_act"), str):
+        shape["hidden_act"] = ACTIVATION_SYNONYMS.get(raw["hidden_act"], raw["hidden_act"])
     try:
-        return BertConfig(**{name: value for name, value in raw.items() if name in known}), raw
+        return BertConfig(**shape), raw
     except TypeError as error:  # a field without default is missing; Python's message names it
         missing = str(error).split("argument")[-1].lstrip("s: ")
         raise ModelError(f"{path} lacks {missing}") from None
@@ -130,31 +133,30 @@ def read_config(path: Path) -> tuple[BertConfig, dict[str, Any]]:
         raise ModelError(f"{path}: {error}") from None
 
 
-def from_stored(stored: Mapping[str, Tensor], config: BertConfig, source: str) -> dict[str, Tensor]:
+def from_stored(stored: Mapping[str, Tensor], config: BertConfig, folder: str) -> dict[str, Tensor]:
     """Stored tensors to our names, in fp32, copied to memory of our own.
 
     (In the file they begin at any multiple of 8 bytes; torch aligns its memory to 64, and a product
     with one row may differ in the last bit between the two.)
 
-    Warns of a missing pooler, which is left out (`build_model` then initialises it), of tensors
-    that have no place here and of weights that are not finite.
+    folder: for messages. Warns of a missing pooler, which is left out (`build_model`
+    then initialises it), of tensors that have no place here and of weights that are not finite.
     """
+    source = f"the weights of '{folder}'"
     by_name = {_modern_name(name): tensor for name, tensor in stored.items()}
+    if FIRST_TENSOR not in by_name:
+        raise ModelError(f"{source} {_explain_names(stored)}")
     with torch.device("meta"):
         shapes = {name: p.shape for name, p in BertClassifier(config, 2).bert.named_parameters()}
     tensors: dict[str, Tensor] = {}
     used: set[str] = set()
     has_pooler = "pooler.dense.weight" in by_name
-    if not has_pooler:
-        warnings.warn(
-            f"{source} has no pooler: it starts from random weights", TwoStageWarning, stacklevel=3
-        )
     for ours, theirs in tensor_names(config.num_hidden_layers):
         missing = [name for name in theirs if name not in by_name]
         if ours.startswith("pooler.") and not has_pooler:
             continue
         if missing:
-            raise ModelError(f"{source} has no tensor '{missing[0]}'")
+            raise ModelError(f"{source} have no tensor '{missing[0]}'")
         part_shape = (shapes[ours][0] // len(theirs), *shapes[ours][1:])
         for name in theirs:
             if tuple(by_name[name].shape) != part_shape:
@@ -162,17 +164,24 @@ def from_stored(stored: Mapping[str, Tensor], config: BertConfig, source: str) -
                     f"{source}: '{name}' has shape {list(by_name[name].shape)}; "
                     f"config.json asks for {list(part_shape)}"
                 )
-            if by_name[name].dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            if by_name[name].dtype not in DTYPES:
                 raise ModelError(
-                    f"{source}: '{name}' is {by_name[name].dtype}; expected fp32, fp16 or bf16"
+                    f"{source}: '{name}' is {by_name[name].dtype}; expected fp32, "
+                    "fp64, fp16 or bf16"
                 )
         tensors[ours] = torch.cat([by_name[name].to(torch.float32) for name in theirs])
         used.update(theirs)
+    if not has_pooler:
+        warnings.warn(
+            f"'{folder}' has no pooler: it starts from random weights",
+            TwoStageWarning,
+            stacklevel=3,
+        )
     broken = sorted(name for name in used if not torch.isfinite(by_name[name]).all())
     if broken:
         warnings.warn(
-            f"{source}: weights that are infinite or not a number, with which nothing can be "
-            f"computed: {_shorten(broken)}",
+            f"{source} are infinite or not a number in places, and so will be what they compute: "
+            f"{_shorten(broken)}",
             TwoStageWarning,
             stacklevel=3,
         )
@@ -183,11 +192,23 @@ def from_stored(stored: Mapping[str, Tensor], config: BertConfig, source: str) -
     )
     if ignored:
         warnings.warn(
-            f"{source}: tensors that are not used: {_shorten(ignored)}",
+            f"{source} hold tensors that are not used: {_shorten(ignored)}",
             TwoStageWarning,
             stacklevel=3,
         )
     return tensors
+
+
+def _explain_names(stored: Mapping[str, Tensor]) -> str:
+    """Why no tensor is named as a BERT's word embeddings are."""
+    for name in stored:
+        if name.endswith(FIRST_TENSOR):
+            return (
+                f"are named with the prefix '{name.removesuffix(FIRST_TENSOR)}'; expected 'bert.' "
+                "or none: save the BERT that is inside, or strip the prefix if it is one"
+            )
+    some = f"; theirs are {_shorten(sorted(stored))}" if stored else " or any other"
+    return f"have no tensor '{FIRST_TENSOR}'{some}"
 
 
 def _shorten(names: list[str]) -> str:

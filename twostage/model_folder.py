@@ -1,0 +1,213 @@
+"""The files of a model folder, and what a folder is that lacks them.
+
+    config.json        shape of the encoder
+    model.safetensors  its weights; or `model.safetensors.index.json` and the files that it lists
+    tokenizer.json     the tokenizer; or `vocab.txt`. What `tokenizer_config.json`,
+                       `special_tokens_map.json` and `added_tokens.json` say changes token ids
+
+People give other folders: an adapter, weights of another framework, the folder above, what a clone
+without Git LFS has left. `explain_missing` tells them apart by the names of their files; nothing of
+a pickle is ever read.
+"""
+
+import json
+import shlex
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .errors import ModelError
+from .printing import count, list_some, shorten, visible
+
+SAVED_MODEL_TYPE = "twostage_bert"
+"""`model_type` of a saved classifier. Not `bert`: transformers' own BERT classifier, whose head has
+one layer, would load such a folder with a fresh random head, and only warn."""
+CONFIG = "config.json"
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZERS = ("tokenizer.json", "vocab.txt")
+TOKENIZER_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+
+_OTHER_WEIGHTS = {
+    "tf_model.h5": "TensorFlow",
+    "flax_model.msgpack": "Flax",
+    ".ckpt.index": "TensorFlow",
+    ".ckpt.meta": "TensorFlow",
+    "saved_model.pb": "TensorFlow",
+    "rust_model.ot": "Rust",
+    ".onnx": "ONNX",
+    ".gguf": "GGUF",
+    ".mlmodel": "Core ML",
+    "openvino_model.bin": "OpenVINO",
+    ".tflite": "TensorFlow Lite",
+}
+_POINTER = b"version https://git-lfs"
+_CONVERSION = (
+    "import glob, torch, safetensors.torch as s; "
+    "w = {k: v.clone().contiguous() for f in sorted(glob.glob('pytorch_model*.bin')) "
+    "for k, v in torch.load(f, weights_only=True).items()}; "
+    "s.save_file(w, 'model.safetensors', {'format': 'pt'})"
+)
+
+
+def check_folder(folder: Path, expected: str = "") -> None:
+    """Raise ModelError for what is no folder, or none that can hold a model.
+
+    expected: what to give instead
+    """
+    expected = expected or (
+        f"give one that holds {CONFIG}, {WEIGHTS} and {TOKENIZERS[0]} (`twostage fetch demo` makes "
+        "demo/model)"
+    )
+    if folder.is_file():
+        raise ModelError(f"'{folder}' is a file; give the folder that holds it")
+    if not folder.is_dir():
+        raise ModelError(f"there is no model folder '{folder}'; {expected}")
+    names = _names_in(folder)
+    has_weights = WEIGHTS in names or INDEX in names
+    if CONFIG not in names or not has_weights:
+        raise ModelError(explain_missing(folder, CONFIG if has_weights else WEIGHTS))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a folder: one, or those that its index lists.
+
+    Raises ModelError for an index that cannot be followed.
+    """
+    path = folder / INDEX
+    if (folder / WEIGHTS).exists() or not path.exists():
+        return [folder / WEIGHTS]
+    weight_map = read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ModelError(f"{path} has no weight_map, which names the file of each tensor")
+    for tensor, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ModelError(f"{path}: '{tensor}' is said to be in {name!r}, which is no file here")
+    names = sorted({*weight_map.values()})
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{path} lists {count(len(names), 'file')} of weights, of which {len(missing)} "
+            f"{'is' if len(missing) == 1 else 'are'} missing: {list_some(missing, 5, ', ')}; get "
+            "them again"
+        )
+    return [folder / name for name in names]
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ModelError for all else."""
+    try:
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{path} does not exist") from None
+    except (OSError, ValueError, RecursionError) as error:
+        check_no_pointer(path)
+        raise ModelError(f"{path} is not readable as JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} does not hold a JSON object, but {shorten(value)}")
+    return value
+
+
+def check_no_pointer(path: Path) -> None:
+    """Raise ModelError when Git has left a pointer where the file should be."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return
+    if is_pointer:
+        raise ModelError(
+            f"{path} is a Git LFS pointer, not the file itself; run `git lfs install` and `git lfs "
+            "pull` in its clone, or download the file by itself"
+        )
+
+
+def explain_missing(folder: Path, file: str) -> str:
+    """One sentence on a folder without `file`: what it is instead, and what to do."""
+    names = _names_in(folder)
+    lacks = f"{folder / file} does not exist"
+    other = explain_files(names, folder)
+    if other:
+        return f"{lacks}; {other}"
+    below = [f"'{path}'" for path in _models_below(folder)]
+    if below:
+        return f"{lacks}; the model is in a folder below: give {list_some(below, 5, ' or ')}"
+    if _may_hide_hub_name(folder):
+        kind = "holds no model" if names else "is empty"
+        return (
+            f"{lacks}; this folder {kind}, and hides the model of that name on the Hugging Face "
+            "Hub; rename or remove it to get that, or give a folder that holds a model"
+        )
+    if file == WEIGHTS and any(name.endswith(".safetensors") for name in names):
+        found = sorted(name for name in names if name.endswith(".safetensors"))
+        return f"{lacks}, but it has {list_some(found, 5, ', ')}: rename the file of the weights"
+    return f"{lacks}; give a folder that holds {CONFIG}, {WEIGHTS} and {TOKENIZERS[0]}"
+
+
+def explain_files(names: Iterable[str], folder: Path | None = None) -> str:
+    """What files of these names are, if not weights that can be loaded here; "" if unknown.
+
+    folder: where they are, None for a repository
+    """
+    names = {*names}
+    if names & {*ADAPTERS}:
+        return (
+            f"there is an adapter (LoRA or the like){_base_of_adapter(folder)}, not a whole model; "
+            "merge the two with peft (`merge_and_unload()`, then `save_pretrained(FOLDER)`) and "
+            "give that folder"
+        )
+    if names & {*PICKLES}:
+        if folder is None:
+            return (
+                "pytorch_model.bin can run code when it is read, so it is not used: "
+                "convert it to safetensors, or choose another model"
+            )
+        return (
+            "pytorch_model.bin can run code when it is read, so it is not: convert it to "
+            f"safetensors, with `cd {shlex.quote(str(folder))} && python3 -m venv /tmp/convert && "
+            "/tmp/convert/bin/pip install torch safetensors numpy && /tmp/convert/bin/python -c "
+            f'"{_CONVERSION}"`'
+        )
+    for end, framework in _OTHER_WEIGHTS.items():
+        found = sorted(name for name in names if name.endswith(end))
+        if found:
+            return (
+                f"{found[0]} holds weights for {framework}; save the model from there for PyTorch "
+                f"as {WEIGHTS} (in transformers: `save_pretrained`), or choose another"
+            )
+    return ""
+
+
+def _names_in(folder: Path) -> set[str]:
+    try:
+        return {path.name for path in folder.iterdir()}
+    except OSError as error:
+        raise ModelError(f"'{folder}' cannot be read: {error.strerror or error}") from error
+
+
+def _models_below(folder: Path) -> list[Path]:
+    """Whole models up to two folders down; the newest checkpoint last, as their names sort."""
+    found = [
+        path.parent
+        for pattern in ("*/", "*/*/")
+        for path in folder.glob(pattern + CONFIG)
+        if (path.parent / WEIGHTS).exists() or (path.parent / INDEX).exists()
+    ]
+    return sorted(found, key=lambda path: (len(path.parts), len(path.name), path.name))
+
+
+def _may_hide_hub_name(folder: Path) -> bool:
+    """Whether this was meant as a name on the Hub: `bert-base-uncased`, `owner/name`."""
+    return not folder.is_absolute() and 1 <= len(folder.parts) <= 2 and folder.parts[0] != ".."
+
+
+def _base_of_adapter(folder: Path | None) -> str:
+    if folder is None or not (folder / ADAPTERS[0]).is_file():
+        return ""
+    try:
+        base = read_object(folder / ADAPTERS[0]).get("base_model_name_or_path")
+    except ModelError:
+        return ""
+    return f" for {visible(base)}" if isinstance(base, str) and base else ""
