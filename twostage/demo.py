@@ -18,7 +18,7 @@ from .errors import writing_to
 from .experiment import read_data, run_experiment
 from .printing import format_table
 from .recipe import Recipe
-from .report import explain_micro_f1, format_confusion, score_columns, scores
+from .report import explain_scores, format_confusion, score_columns, scores
 from .two_stage import Result
 
 # MiniLM is small and wants larger steps than BERT-base, for which the recipe's rates are made.
@@ -91,7 +91,7 @@ def format_comparison(results: dict[str, Result]) -> str:
     ]
     lines = [
         format_table(header, rows),
-        explain_micro_f1(names, first.class_counts_C),
+        explain_scores(names, first.class_counts_C, first.seeds[0].metrics.support_C),
         "",
         "Confusion matrices (row: true class, column: predicted class):",
     ]

@@ -30,10 +30,11 @@ from .data.tables import (
     read_table,
     write_table,
 )
-from .data.tokenization import load_tokenizer, tokenize
+from .data.tokenization import tokenize
 from .errors import DataError, writing_to
 from .files import write_json
 from .model.bert import BertClassifier
+from .preparation import prepare_run
 from .recipe import Recipe
 from .report import (
     MANY_CLASSES,
@@ -48,7 +49,7 @@ from .training.evaluation import predict_logits
 from .training.metrics import Metrics, compute_metrics
 from .training.precision import choose_device, choose_precision
 from .training.stage import StepReport
-from .two_stage import Result, train_two_stage
+from .two_stage import Result, train_seeds
 
 RESULT_FILES = ("results.csv", "ave_sst.csv", "metrics.json", "confusion.csv", "log.csv")
 
@@ -75,7 +76,10 @@ def run_experiment(
 
     say: receives a line for each thing that a user should know.
     """
-    say(describe_run(data.train, data.test, data.augmented, recipe))
+    run = prepare_run(
+        model, data.train, data.test, recipe, data.augmented, show_progress=show_progress
+    )
+    say(describe_run(run))
     finished = 0
     with closing(_OutputFolder(output_path)) as output:
 
@@ -86,17 +90,13 @@ def run_experiment(
             if save_models:
                 folder = output_path / f"seed-{result.seeds[-1].seed}"
                 info = ModelInfo(result.classes.names, result.class_counts_C, recipe.max_length)
-                save_model(folder, trained, load_tokenizer(model), info)
+                save_model(folder, trained, run.tokenizer, info)
             finished += 1
             say(describe_last_seed(result))
 
         try:
-            return train_two_stage(
-                model,
-                data.train,
-                data.test,
-                recipe,
-                augmented=data.augmented,
+            return train_seeds(
+                run,
                 on_report=output.write_report,
                 on_seed_end=end_seed,
                 show_progress=show_progress,

@@ -63,9 +63,9 @@ def count(number: int, noun: str) -> str:
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """Columns aligned to the right, the first to the left; floats with three digits."""
+    """Columns aligned to the right, the first to the left; floats with three digits, NaN as -."""
     cells = [
-        [f"{x:.3f}" if isinstance(x, float) else visible(str(x)) for x in row]
+        [f"{x:.3f}".replace("nan", "-") if isinstance(x, float) else visible(str(x)) for x in row]
         for row in (header, *rows)
     ]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]

@@ -141,12 +141,16 @@ class Recipe:
             graphs=self.graphs,
         )
 
+    @property
+    def stage_1_class_weights(self) -> str:
+        """One of CLASS_WEIGHTS."""
+        return self.class_weights or ("none" if self.method == "augment" else "effective")
+
     def stage_1_loss(self, class_counts_C: list[int], device: torch.device) -> Loss:
         """For stage-1 data with these class counts."""
-        augmenting = self.method == "augment"
         return make_loss(
-            self.loss or ("ce" if augmenting else "ldam"),
-            self.class_weights or ("none" if augmenting else "effective"),
+            self.loss or ("ce" if self.method == "augment" else "ldam"),
+            self.stage_1_class_weights,
             class_counts_C,
             device,
             ldam_s=self.ldam_s,

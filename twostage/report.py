@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from .data.classes import find_classes
-from .data.tables import Table
+from .facts import find_facts
+from .preparation import PreparedRun
 from .printing import SHOWN_CLASSES, format_table, quoted
 from .recipe import Recipe
 from .training.metrics import Metrics
@@ -37,19 +37,20 @@ COMPARED = ("tail_f1", "tail_average_precision", "macro_f1", "mcc", "micro_f1")
 """Those of SUMMARY that stand side by side for several seeds or runs, as far as a line is wide."""
 
 
-def describe_run(train: Table, test: Table, augmented: Table | None, recipe: Recipe) -> str:
-    """One line on what is about to happen."""
-    classes = find_classes(train)
-    counts = np.bincount(classes.encode(train)).tolist()
-    shown = ", ".join(f"{quoted(c)}: {n}" for c, n in zip(classes.names, counts, strict=True))
-    rows = f"{len(train)} training rows ({shown})" if len(classes) <= 8 else f"{len(train)} rows"
-    rows += f", {len(augmented)} augmented" if augmented else ""
+def describe_run(run: PreparedRun) -> str:
+    """What is about to happen, in one line, and a line for each fact to know before."""
+    recipe, counts_C = run.recipe, run.class_counts_C
+    shown = ", ".join(f"{quoted(c)}: {n}" for c, n in zip(run.classes.names, counts_C, strict=True))
+    rows = f"{len(run.train)} training rows ({shown})" if len(counts_C) <= 8 else None
+    rows = rows or f"{len(run.train)} rows"
+    rows += f", {len(run.augmented)} augmented" if run.augmented else ""
     stages = f"{recipe.epochs_stage_1 if recipe.has_stage_1 else 0} + {recipe.epochs_stage_2}"
-    return (
-        f"{rows}, {len(test)} test rows; {recipe.method}, {stages} epochs, "
+    first = (
+        f"{rows}, {len(run.test)} test rows; {recipe.method}, {stages} epochs, "
         f"{describe_arithmetic(recipe)}, "
         f"{len(recipe.seeds)} seed{'s' * (len(recipe.seeds) > 1)}"
     )
+    return "\n".join([first, *(f"- {fact}" for fact in find_facts(run))])
 
 
 def describe_arithmetic(recipe: Recipe) -> str:
@@ -62,18 +63,20 @@ def describe_arithmetic(recipe: Recipe) -> str:
 
 
 def describe_last_seed(result: Result) -> str:
-    """One line on the seed that has just ended: the tail class's F1 and macro-F1 first."""
-    outcome = result.seeds[-1]
-    tail = result.tail_class
+    """One line on the seed that has just ended: the tail class's F1, if it can be known, first."""
+    outcome, tail = result.seeds[-1], result.tail_class
+    first = ""
+    if outcome.metrics.support_C[tail]:
+        name = quoted(result.classes.names[tail])
+        first = f"F1 of tail class {name} {outcome.metrics.f1_C[tail]:.3f}, "
     return (
-        f"seed {outcome.seed}: F1 of tail class {quoted(result.classes.names[tail])} "
-        f"{outcome.metrics.f1_C[tail]:.3f}, macro-F1 {outcome.metrics.macro_f1:.3f}, "
+        f"seed {outcome.seed}: {first}macro-F1 {outcome.metrics.macro_f1:.3f}, "
         f"micro-F1 {outcome.metrics.micro_f1:.3f} ({outcome.seconds:.0f} s)"
     )
 
 
 def format_results(result: Result) -> str:
-    """The table of all seeds, their mean and deviation, ending with what micro-F1 is."""
+    """The table of all seeds, their mean and deviation, ending with notes on the scores."""
     table = scores(result)
     rows: list[list[object]] = [
         [f"seed {s.seed}", *row] for s, row in zip(result.seeds, table, strict=True)
@@ -81,35 +84,43 @@ def format_results(result: Result) -> str:
     if len(rows) > 1:
         rows.append(["mean", *np.mean(table, axis=0)])
         rows.append(["std", *np.std(table, axis=0, ddof=1)])
-    note = explain_micro_f1(result.classes.names, result.class_counts_C)
+    support_C = _support(result)
+    note = explain_scores(result.classes.names, result.class_counts_C, support_C)
     return format_table(["", *score_columns(result)], rows) + f"\n{note}"
 
 
 def score_columns(result: Result) -> list[str]:
     """Headings of the columns that `scores` fills."""
     names = result.classes.names
-    head = [
-        f"tail F1 ({quoted(names[result.tail_class])})",
-        *(SUMMARY[name] for name in COMPARED[1:]),
-    ]
+    headings = SUMMARY | {"tail_f1": f"tail F1 ({quoted(names[result.tail_class])})"}
+    head = [headings[name] for name in _compared(result)]
     return head + [f"F1 {quoted(names[c])}" for c in _other_classes(result)]
 
 
 def scores(result: Result) -> list[list[float]]:
-    """A row a seed: the scores of COMPARED, then the F1s of the other classes."""
+    """A row a seed: the scores of COMPARED, then the F1s of the other classes.
+
+    The tail's scores are left out where no test row has that class; NaN stands for the F1 of other
+    such classes.
+    """
     rows = []
     for outcome in result.seeds:
-        summary = summarize(outcome.metrics, result.tail_class)
-        others = [float(outcome.metrics.f1_C[c]) for c in _other_classes(result)]
-        rows.append([summary[name] for name in COMPARED] + others)
+        metrics = outcome.metrics
+        summary = summarize(metrics, result.tail_class)
+        f1_C = np.where(metrics.support_C > 0, metrics.f1_C, np.nan)
+        others = [float(f1_C[c]) for c in _other_classes(result)]
+        rows.append([summary[name] for name in _compared(result)] + others)
     return rows
 
 
 def summarize(metrics: Metrics, tail_class: int) -> dict[str, float]:
-    """The scores of SUMMARY, in its order."""
+    """The scores of SUMMARY, in its order; NaN for the tail's where no text is of that class."""
+    known = metrics.support_C[tail_class] > 0
     return {
-        "tail_f1": float(metrics.f1_C[tail_class]),
-        "tail_average_precision": float(metrics.average_precision_C[tail_class]),
+        "tail_f1": float(metrics.f1_C[tail_class]) if known else np.nan,
+        "tail_average_precision": (
+            float(metrics.average_precision_C[tail_class]) if known else np.nan
+        ),
         "macro_f1": metrics.macro_f1,
         "balanced_accuracy": metrics.balanced_accuracy,
         "mcc": metrics.mcc,
@@ -117,13 +128,28 @@ def summarize(metrics: Metrics, tail_class: int) -> dict[str, float]:
     }
 
 
-def explain_micro_f1(names: Sequence[str], class_counts_C: Sequence[int]) -> str:
-    """The note to the starred column; class_counts_C: training rows of each class."""
+def explain_scores(
+    names: Sequence[str], class_counts_C: Sequence[int], support_C: np.ndarray
+) -> str:
+    """Notes to a table of scores: what the starred column hides, and what the texts cannot show.
+
+    class_counts_C: training rows of each class. support_C: rows of each class that were scored.
+    """
     tail = int(np.argmin(class_counts_C))
-    return (
+    judge = "judge by its F1 and by macro-F1"
+    if not support_C[tail]:
+        judge = "none that is scored here: of this class nothing can be said"
+    notes = [
         f"* micro-F1 is the accuracy; class {quoted(names[tail])} has {class_counts_C[tail]} of "
-        f"{sum(class_counts_C)} training rows, so judge by its F1 and by macro-F1."
-    )
+        f"{sum(class_counts_C)} training rows, so {judge}."
+    ]
+    occurring = np.count_nonzero(support_C)
+    if 0 < occurring < len(names):
+        notes.append(
+            f"macro-F1 and balanced accuracy are means over the {occurring} of {len(names)} "
+            "classes that occur in the scored texts."
+        )
+    return "\n".join(notes)
 
 
 def format_evaluation(metrics: Metrics, names: Sequence[str], class_counts_C: Sequence[int]) -> str:
@@ -133,10 +159,10 @@ def format_evaluation(metrics: Metrics, names: Sequence[str], class_counts_C: Se
     """
     tail = int(np.argmin(class_counts_C))
     per_class: list[list[object]] = [
-        [quoted(name) + " (tail)" * (c == tail), *scores_of_class.values()]
-        for c, (name, scores_of_class) in enumerate(
-            zip(names, scores_by_class(metrics), strict=True)
-        )
+        [quoted(name) + " (tail)" * (c == tail), *shown.values()]
+        if shown["support"]
+        else [quoted(name) + " (tail)" * (c == tail), *["-"] * (len(shown) - 1), 0]
+        for c, (name, shown) in enumerate(zip(names, scores_by_class(metrics), strict=True))
     ]
     summary = summarize(metrics, tail)
     parts = []
@@ -147,16 +173,17 @@ def format_evaluation(metrics: Metrics, names: Sequence[str], class_counts_C: Se
             f"The {SHOWN_CLASSES} classes with the lowest F1, of {len(names):,} "
             f"({np.count_nonzero(metrics.support_C):,} of which occur in these texts):"
         )
+    known = {name: score for name, score in summary.items() if not np.isnan(score)}
     parts += [
         format_table(["class", "precision", "recall", "F1", "AP", "rows"], per_class),
-        format_table(["", *SUMMARY.values()], [["all", *summary.values()]]),
+        format_table(["", *(SUMMARY[name] for name in known)], [["all", *known.values()]]),
     ]
     if len(names) <= 8:
         parts.append(
             "Confusion matrix (row: true class, column: predicted class):\n\n"
             + format_confusion("", metrics.confusion_CC, names)
         )
-    return "\n\n".join([*parts, explain_micro_f1(names, class_counts_C)])
+    return "\n\n".join([*parts, explain_scores(names, class_counts_C, metrics.support_C)])
 
 
 def format_confusion(title: str, confusion_CC: np.ndarray, names: Sequence[str]) -> str:
@@ -171,7 +198,8 @@ def format_confusion(title: str, confusion_CC: np.ndarray, names: Sequence[str])
 def describe_result(result: Result, recipe: Recipe, inputs: dict[str, str]) -> dict[str, Any]:
     """The content of `metrics.json`. `std` is that of a sample of seeds (n - 1); None for one.
 
-    inputs: paths of the model and the tables.
+    inputs: paths of the model and the tables. None stands for scores of a tail class that the test
+    data do not have.
     """
     names, tail, many = result.classes.names, result.tail_class, len(result.classes) > MANY_CLASSES
     summaries = [summarize(s.metrics, tail) for s in result.seeds]
@@ -182,15 +210,15 @@ def describe_result(result: Result, recipe: Recipe, inputs: dict[str, str]) -> d
             for name, rows in zip(names, result.class_counts_C, strict=True)
         ],
         "tail_class": names[tail],
-        "mean": {name: float(np.mean(values)) for name, values in columns.items()},
+        "mean": {name: _or_none(np.mean(values)) for name, values in columns.items()},
         "std": {
-            name: float(np.std(values, ddof=1)) if len(values) > 1 else None
+            name: _or_none(np.std(values, ddof=1)) if len(values) > 1 else None
             for name, values in columns.items()
         },
         "seeds": [
             {
                 "seed": s.seed,
-                **summary,
+                **{name: _or_none(score) for name, score in summary.items()},
                 "per_class": [
                     {"class": name, **scores_of_class}
                     for name, scores_of_class in zip(names, scores_by_class(s.metrics), strict=True)
@@ -250,6 +278,23 @@ def scores_by_class(metrics: Metrics) -> list[dict[str, float]]:
         columns = {name: values.round(6) for name, values in columns.items()}
     rows = zip(*(values.tolist() for values in columns.values()), strict=True)
     return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def _compared(result: Result) -> list[str]:
+    """COMPARED, without the tail's scores where no test row has that class."""
+    known = _support(result)[result.tail_class] > 0
+    return [name for name in COMPARED if known or not name.startswith("tail")]
+
+
+def _support(result: Result) -> np.ndarray:
+    """[C] test rows of each class; before the first seed has ended, as if there were some."""
+    support_C: np.ndarray = np.ones(len(result.classes), dtype=np.int64)
+    return result.seeds[0].metrics.support_C if result.seeds else support_C
+
+
+def _or_none(score: float) -> float | None:
+    """JSON has no NaN."""
+    return None if np.isnan(score) else float(score)
 
 
 def _other_classes(result: Result) -> list[int]:

@@ -28,19 +28,17 @@ from time import perf_counter
 import numpy as np
 import torch
 
-from .data.classes import Classes, find_classes, warn_of_twins
-from .data.containers import LabelledTexts, as_table
-from .data.tokenization import check_vocabulary, load_tokenizer, tokenize
-from .errors import DataError
+from .data.classes import Classes
+from .data.containers import LabelledTexts
 from .model.bert import BertClassifier
-from .model.checkpoint import Checkpoint, build_model, load_checkpoint
-from .printing import quoted
+from .model.checkpoint import Checkpoint, build_model
+from .preparation import Datasets, PreparedRun, prepare_run
 from .recipe import Recipe
 from .training.evaluation import predict_logits
 from .training.losses import cross_entropy
 from .training.metrics import Metrics, compute_metrics
-from .training.precision import check_kernels, choose_device, choose_precision
-from .training.stage import StageData, StepReport, train_stage
+from .training.precision import choose_device, choose_precision
+from .training.stage import StepReport, train_stage
 from .training.state import HEAD_STREAM, TrainingState, derive_seed
 from .training.trunk import Features, cache_features
 
@@ -78,20 +76,6 @@ class Result:
     def tail_class(self) -> int:
         """Index of the class with the fewest training rows."""
         return int(np.argmin(self.class_counts_C))
-
-
-@dataclass(frozen=True)
-class Datasets:
-    """The tokenised data of a run."""
-
-    train: StageData
-    """Imbalanced: stage 2's."""
-    stage_1: StageData
-    """`train` itself (`reweight`) or the augmented data (`augment`)."""
-    test: StageData
-    num_classes: int
-    stage_1_features: Sequence[Features] = ()
-    """Of the texts of `stage_1`, where the recipe asks for `cache_trunk` or `share_trunk`."""
 
 
 def train_one_seed(
@@ -185,41 +169,24 @@ def train_two_stage(
     Raises UsageError, DataError, ModelError or NonFiniteError.
     """
     recipe = recipe or Recipe()
-    device = choose_device(recipe.device)
-    check_kernels(recipe.kernels, recipe.graphs, recipe.precision, device)
-    tables = [as_table(train, "train data"), as_table(test, "test data")]
-    if recipe.needs_augmented:
-        if augmented is None:
-            raise DataError("method 'augment' needs augmented data, and none was given")
-        tables.append(as_table(augmented, "augmented data"))
-    classes = find_classes(tables[0])
-    labels = [classes.encode(table) for table in tables]
-    warn_of_twins(classes, tables[0])
-    for table, labels_N in zip(tables[2:], labels[2:], strict=True):
-        for c in np.flatnonzero(np.bincount(labels_N, minlength=len(classes)) == 0):
-            raise DataError(f"class {quoted(classes.names[c])} has no row in {table.source}")
+    run = prepare_run(model, train, test, recipe, augmented, show_progress=show_progress)
+    return train_seeds(run, on_report, on_seed_end, show_progress)
 
-    checkpoint = load_checkpoint(model)
-    tokenizer = load_tokenizer(model)
-    check_vocabulary(tokenizer, checkpoint.config.vocab_size, model)
-    recipe.check_fit(checkpoint.config, str(model))
-    stores = [
-        tokenize(
-            tokenizer,
-            table.texts,
-            recipe.max_length,
-            description=f"tokenizing {Path(table.source).name}",
-            show_progress=show_progress,
-        )
-        for table in tables
-    ]
-    train_data, test_data, *more = map(StageData, stores, labels)
-    data = Datasets(train_data, more[0] if more else train_data, test_data, len(classes))
+
+def train_seeds(
+    run: PreparedRun,
+    on_report: Callable[[StepReport], None] | None = None,
+    on_seed_end: Callable[[Result, BertClassifier], None] | None = None,
+    show_progress: bool = False,
+) -> Result:
+    """Run every seed of the recipe; the parameters are those of `train_two_stage`."""
+    recipe, checkpoint, data = run.recipe, run.checkpoint, run.data
+    device = choose_device(recipe.device)
     if recipe.has_stage_1 and (recipe.cache_trunk or recipe.share_trunk):
         features = compute_stage_1_features(checkpoint, data, recipe, device, show_progress)
         data = replace(data, stage_1_features=features)
 
-    result = Result(classes, tuple(train_data.class_counts(len(classes))))
+    result = Result(run.classes, run.class_counts_C)
     for seed in recipe.seeds:
         trained, seed_result = train_one_seed(
             checkpoint, data, recipe, seed, device, on_report, show_progress

@@ -29,6 +29,8 @@ class TokenStore:
     """[total tokens] int32."""
     offsets: Tensor
     """[N+1] int64: text i is `ids[offsets[i] : offsets[i+1]]`."""
+    num_cut: int = 0
+    """Texts that had more tokens than were kept."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1

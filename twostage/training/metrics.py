@@ -4,9 +4,9 @@ From the confusion matrix M (row: true class, column: predicted class; N texts),
 
     precision = M_cc / Σ_r M_rc,   recall = M_cc / Σ_k M_ck,   F1 = 2 M_cc / (Σ_r M_rc + Σ_k M_ck)
 
-with 0 where a denominator is 0. Macro-F1 is the mean of the F1s, balanced accuracy the mean recall
-of the classes that occur. Micro-F1 adds up the counts of all classes first; where each text has one
-label that is the accuracy, which a long tail barely moves.
+with 0 where a denominator is 0. Macro-F1 is the mean F1 and balanced accuracy the mean recall of
+the classes that occur: of the others nothing can be said. Micro-F1 adds up the counts of all
+classes first; where each text has one label that is the accuracy, which a long tail barely moves.
 
 Average precision judges the ranking of the texts by their probability of class c, so it does not
 depend on a threshold: the mean precision at the places of the texts of that class.
@@ -30,9 +30,11 @@ class Metrics:
     average_precision_C: np.ndarray
     """Class c against all others."""
     macro_f1: float
+    """Mean F1 of the classes that occur."""
     micro_f1: float
     """The accuracy."""
     balanced_accuracy: float
+    """Mean recall of the classes that occur."""
     mcc: float
     """Matthews correlation: 1 perfect, 0 no better than chance."""
 
@@ -60,9 +62,9 @@ def compute_metrics(labels_N: np.ndarray, logits_NC: np.ndarray) -> Metrics:
         average_precision_C=np.array(
             [average_precision(labels_N == c, probabilities_NC[:, c]) for c in range(num_classes)]
         ),
-        macro_f1=float(f1_C.mean()),
+        macro_f1=_mean(f1_C[true_C > 0]),
         micro_f1=float(hits_C.sum() / max(1, len(labels_N))),
-        balanced_accuracy=float(recall_C.sum() / max(1, np.count_nonzero(true_C))),
+        balanced_accuracy=_mean(recall_C[true_C > 0]),
         mcc=matthews_correlation(confusion_CC),
     )
 
@@ -109,6 +111,10 @@ def softmax(logits_NC: np.ndarray) -> np.ndarray:
     exponentials_NC = np.exp(shifted_NC)
     probabilities_NC: np.ndarray = exponentials_NC / exponentials_NC.sum(axis=1, keepdims=True)
     return probabilities_NC
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else 0.0
 
 
 def _divide(numerator_C: np.ndarray, denominator_C: np.ndarray) -> np.ndarray:

@@ -1,0 +1,228 @@
+"""What a user should know of model and data before training, each fact in one line with a number.
+
+Only what is the case is said. The texts are looked at once, mostly by their token ids: for 100,000
+of them that takes a fraction of the time that tokenising took (`benchmarks/README.md`).
+"""
+
+import json
+import unicodedata
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from .data.classes import Classes
+from .data.packing import TokenStore
+from .data.tokenizer_files import count_capitals, lower_cases
+from .preparation import PreparedRun
+from .printing import MAX_REPORTED, count, list_some, quoted, visible
+from .training.losses import make_class_weights
+
+FEW_ROWS = 10
+"""Test rows below which a class's scores move in large steps."""
+
+
+def find_facts(run: PreparedRun) -> list[str]:
+    """The facts of a run, in the order in which they are printed."""
+    normalized = [list(map(_normalize, table.texts)) for table in (run.train, run.test)]
+    facts = [
+        _describe_weights(run),
+        _describe_rare_classes(run.classes, run.data.test.labels_N),
+        _describe_cut_texts(run),
+        *_describe_blank_texts(run),
+        _describe_shared_texts(run, *normalized),
+        _describe_contradictions(run, normalized[0]),
+        _describe_case(run),
+        _describe_sizes(run),
+    ]
+    return [fact for fact in facts if fact]
+
+
+def _describe_weights(run: PreparedRun) -> str:
+    """How much a text of the rarest class counts at the start of stage 1."""
+    recipe, data = run.recipe, run.data
+    if not recipe.has_stage_1:
+        return ""
+    counts_C = data.stage_1.class_counts(data.num_classes)
+    tail, head = int(np.argmin(run.class_counts_C)), int(np.argmax(run.class_counts_C))
+    weights_C = make_class_weights(recipe.stage_1_class_weights, counts_C)
+    weight = 1.0 if weights_C is None else float(weights_C[tail] / weights_C[head])
+    rows = counts_C[head] / counts_C[tail]
+    draws = rows if recipe.sampler == "class-balanced" else 1.0
+    return (
+        f"stage 1 starts with weights of {weight * draws:.2f} : 1 for a text of class "
+        f"{quoted(run.classes.names[tail])} against one of class "
+        f"{quoted(run.classes.names[head])}, of which there are {rows:.2f} times as many"
+    )
+
+
+def _describe_rare_classes(classes: Classes, test_labels_N: np.ndarray) -> str:
+    """Classes that the test data can hardly judge, or not at all."""
+    rows_C = np.bincount(test_labels_N, minlength=len(classes))
+    absent, few = np.flatnonzero(rows_C == 0), np.flatnonzero((rows_C > 0) & (rows_C < FEW_ROWS))
+    parts = []
+    if len(absent):
+        names = list_some([quoted(classes.names[c]) for c in absent], MAX_REPORTED, ", ")
+        parts.append(f"{len(absent)} of {len(classes)} classes have no test row: {names}")
+    if len(few):
+        shown = [f"{quoted(classes.names[c])} ({rows_C[c]})" for c in few]
+        parts.append(
+            f"{len(few)} of {len(classes)} classes have fewer than {FEW_ROWS} test rows, so their "
+            f"scores move in large steps: {list_some(shown, MAX_REPORTED, ', ')}"
+        )
+    return "; ".join(parts)
+
+
+def _describe_cut_texts(run: PreparedRun) -> str:
+    limit = run.recipe.max_length
+    cut = {name: (store.num_cut, len(store)) for name, store in _stores(run)}
+    if not any(number for number, _ in cut.values()):
+        return ""
+    most = run.checkpoint.config.max_position_embeddings
+    remedy = f" (--max-length can be up to {most})" if limit < most else ""
+    return f"{_join(cut)} cut at {limit} tokens{remedy}"
+
+
+def _describe_blank_texts(run: PreparedRun) -> Iterable[str]:
+    """Texts in which the model finds nothing to read."""
+    unknown = run.tokenizer.token_to_id(run.tokenizer.model.unk_token)
+    empty, unreadable = {}, {}
+    for name, store in _stores(run):
+        lengths_N = store.lengths.numpy()
+        unknown_N = _count_tokens(store, unknown)
+        empty[name] = int((lengths_N == 2).sum()), len(store)
+        unreadable[name] = int(((unknown_N == lengths_N - 2) & (unknown_N > 0)).sum()), len(store)
+    for texts, what in ((empty, "empty"), (unreadable, "made of nothing but unknown tokens")):
+        if any(number for number, _ in texts.values()):
+            yield f"{_join(texts)} {what}"
+
+
+def _describe_shared_texts(
+    run: PreparedRun, train_texts: Sequence[str], test_texts: Sequence[str]
+) -> str:
+    """Test rows that the model has seen, or nearly so."""
+    exact = {*run.train.texts}
+    num_exact = sum(text in exact for text in run.test.texts)
+    classes_of: dict[str, set[int]] = {}
+    wanted = {*test_texts}
+    for text, label in zip(train_texts, run.data.train.labels_N.tolist(), strict=True):
+        if text in wanted:
+            classes_of.setdefault(text, set()).add(label)
+    shared = [
+        label in classes_of[text]
+        for text, label in zip(test_texts, run.data.test.labels_N.tolist(), strict=True)
+        if text in classes_of
+    ]
+    if not shared:
+        return ""
+    other = len(shared) - sum(shared)
+    under_other = f", {other:,} of them only under another class" if other else ""
+    return (
+        f"{num_exact:,} of {count(len(test_texts), 'test text')} occur in the training data too "
+        f"({len(shared):,} when case, white space and Unicode form are ignored{under_other}): "
+        "scores on them say nothing of new texts"
+    )
+
+
+def _describe_contradictions(run: PreparedRun, train_texts: Sequence[str]) -> str:
+    """Training texts under several classes."""
+    first: dict[str, int] = {}
+    rows_of: dict[str, set[int]] = {}
+    labels_N = run.data.train.labels_N.tolist()
+    for row, (text, label) in enumerate(zip(train_texts, labels_N, strict=True)):
+        before = first.setdefault(text, row)
+        if labels_N[before] != label:
+            rows_of.setdefault(text, {before}).add(row)
+    if not rows_of:
+        return ""
+    a, b = sorted(min(rows_of.values(), key=min))[:2]
+    rows = sum(text in rows_of for text in train_texts)
+    where = " and ".join(run.train.where(row).rpartition(", ")[2] for row in (a, b))
+    verb = "stands" if len(rows_of) == 1 else "stand"
+    return (
+        f"{count(len(rows_of), 'training text')} {verb} under more than one class, in "
+        f"{count(rows, 'row')} (case, white space and Unicode form ignored), such as {where}"
+    )
+
+
+def _describe_case(run: PreparedRun) -> str:
+    """A tokenizer that keeps capitals for a model without, or the reverse."""
+    keeps, capitals = not lower_cases(run.tokenizer), count_capitals(run.tokenizer)
+    share = capitals / max(1, run.tokenizer.get_vocab_size())
+    name = _model_name(run.folder)
+    if keeps and share < 0.01:
+        said = f"the tokenizer keeps capitals, but {capitals or 'none'} of its tokens have one"
+    elif keeps and "uncased" in name:
+        said = f"the tokenizer keeps capitals, but the model is named '{visible(name)}'"
+    elif not keeps and share > 0.05:
+        said = f"the tokenizer lower-cases, but {capitals:,} of its tokens have capitals"
+    elif not keeps and "cased" in name.replace("uncased", ""):
+        said = f"the tokenizer lower-cases, but the model is named '{visible(name)}'"
+    elif not keeps and _says_to_keep_case(run.folder / "tokenizer.json"):
+        said = (
+            "tokenizer.json keeps capitals, but its vocabulary has none, and tokenizer_config.json "
+            "does not say so: the tokenizer lower-cases, as transformers does"
+        )
+    else:
+        return ""
+    texts = [*run.train.texts, *run.test.texts]
+    number = sum(text != text.lower() for text in texts)
+    return f"{said}; {number:,} of {len(texts):,} texts have capitals"
+
+
+def _model_name(folder: Path) -> str:
+    """What config.json says that the model was made from, else the folder's name."""
+    name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
+    return str(name or folder.name).lower()
+
+
+def _says_to_keep_case(path: Path) -> bool:
+    if not path.is_file():
+        return False
+    normalizer = json.loads(path.read_text(encoding="utf-8")).get("normalizer") or {}
+    return normalizer.get("lowercase") is False
+
+
+def _describe_sizes(run: PreparedRun) -> str:
+    """A tokenizer that may be another model's."""
+    rows, tokens = run.checkpoint.config.vocab_size, run.tokenizer.get_vocab_size()
+    if rows - tokens <= max(64, rows // 25):  # tables are rounded up, or hold room for more
+        return ""
+    return (
+        f"the model has {rows:,} word embeddings, but the tokenizer only {tokens:,} tokens: it may "
+        "be another model's"
+    )
+
+
+def _stores(run: PreparedRun) -> list[tuple[str, TokenStore]]:
+    """The texts of the run, by what they are called."""
+    data = run.data
+    stores = [("training", data.train.store), ("test", data.test.store)]
+    if data.stage_1 is not data.train:
+        stores.insert(1, ("augmented", data.stage_1.store))
+    return stores
+
+
+def _join(numbers: dict[str, tuple[int, int]]) -> str:
+    """`3 of 10 training texts and 1 of 5 test texts are`."""
+    shown = [
+        f"{number:,} of {count(total, f'{name} text')}"
+        for name, (number, total) in numbers.items()
+        if number
+    ]
+    is_one = sum(number for number, _ in numbers.values()) == 1
+    return f"{' and '.join(shown)} {'is' if is_one else 'are'}"
+
+
+def _count_tokens(store: TokenStore, token: int) -> np.ndarray:
+    """How often `token` occurs in each text, [N]."""
+    before = np.concatenate([[0], np.cumsum(store.ids.numpy() == token)])
+    counts_N: np.ndarray = np.diff(before[store.offsets.numpy()])
+    return counts_N
+
+
+def _normalize(text: str) -> str:
+    """What texts have in common that differ in case, white space and Unicode form alone."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    return " ".join(text.casefold().split())

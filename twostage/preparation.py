@@ -1,0 +1,111 @@
+"""What a run needs before its first step: model folder and tables in, tokenised data out.
+
+Everything that can be wrong with settings, model or data is found here, the model's faults before
+anything is said about the data.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .data.classes import Classes, find_classes, warn_of_twins
+from .data.containers import LabelledTexts, Table, as_table
+from .data.tokenization import check_vocabulary, load_tokenizer, tokenize
+from .errors import DataError
+from .model.checkpoint import Checkpoint, load_checkpoint
+from .printing import quoted
+from .recipe import Recipe
+from .training.precision import check_kernels, choose_device
+from .training.stage import StageData
+from .training.trunk import Features
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """The tokenised data of a run."""
+
+    train: StageData
+    """Imbalanced: stage 2's."""
+    stage_1: StageData
+    """`train` itself (`reweight`) or the augmented data (`augment`)."""
+    test: StageData
+    num_classes: int
+    stage_1_features: Sequence[Features] = ()
+    """Of the texts of `stage_1`, where the recipe asks for `cache_trunk` or `share_trunk`."""
+
+
+@dataclass(frozen=True)
+class PreparedRun:
+    """A model and its data, found to fit each other and the recipe."""
+
+    recipe: Recipe
+    folder: Path
+    """The model's."""
+    checkpoint: Checkpoint
+    tokenizer: "Tokenizer"
+    train: Table
+    test: Table
+    augmented: Table | None
+    classes: Classes
+    data: Datasets
+
+    @property
+    def class_counts_C(self) -> tuple[int, ...]:
+        """Training rows of each class."""
+        return tuple(self.data.train.class_counts(len(self.classes)))
+
+
+def prepare_run(
+    model: str | Path,
+    train: LabelledTexts,
+    test: LabelledTexts,
+    recipe: Recipe,
+    augmented: LabelledTexts | None = None,
+    *,
+    show_progress: bool = False,
+) -> PreparedRun:
+    """Load the model, check it and the tables, tokenise the texts.
+
+    Parameters as of `train_two_stage`. Raises UsageError, DataError or ModelError.
+    """
+    device = choose_device(recipe.device)
+    check_kernels(recipe.kernels, recipe.graphs, recipe.precision, device)
+    folder = Path(model)
+    checkpoint = load_checkpoint(folder)
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, checkpoint.config.vocab_size, folder)
+    recipe.check_fit(checkpoint.config, str(model))
+
+    tables = [as_table(train, "train data"), as_table(test, "test data")]
+    if recipe.needs_augmented:
+        if augmented is None:
+            raise DataError("method 'augment' needs augmented data, and none was given")
+        tables.append(as_table(augmented, "augmented data"))
+    classes = find_classes(tables[0])
+    labels = [classes.encode(table) for table in tables]
+    warn_of_twins(classes, tables[0])
+    for table, labels_N in zip(tables[2:], labels[2:], strict=True):
+        for c in np.flatnonzero(np.bincount(labels_N, minlength=len(classes)) == 0):
+            raise DataError(f"class {quoted(classes.names[c])} has no row in {table.source}")
+    stores = [
+        tokenize(
+            tokenizer,
+            table.texts,
+            recipe.max_length,
+            description=f"tokenizing {Path(table.source).name}",
+            show_progress=show_progress,
+        )
+        for table in tables
+    ]
+    train_data, test_data, *more = map(StageData, stores, labels)
+    data = Datasets(train_data, more[0] if more else train_data, test_data, len(classes))
+    augmented_table = tables[2] if more else None
+    return PreparedRun(
+        recipe, folder, checkpoint, tokenizer, tables[0], tables[1], augmented_table, classes, data
+    )
