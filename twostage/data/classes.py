@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from .containers import Table
 
 _WHOLE = re.compile(r"([+-]?(?:0|[1-9][0-9]{0,999}))(?:\.0*)?")
+_LIST = re.compile(r"""[\[({]\s*(['"]).*\1\s*,?\s*[\])}]""")
 # Cyrillic and Greek letters, dashes and apostrophes that print as Latin ones do.
 _LOOK_ALIKE = str.maketrans(
     "аеорсухіјѕԁһԛԝкмтвнАВЕКМНОРСТУХІЈЅαονρτυικΑΒΕΖΗΙΚΜΝΟΡΤΥΧ‐‑‒–—−’‘ʼ",
@@ -115,6 +116,13 @@ def find_classes(train: "Table") -> Classes:
     if not len(train):
         raise DataError(f"{train.source} has no rows")
     names = set(_class_names(train.labels))
+    several = _find_several_labels(names)
+    if several:
+        raise DataError(
+            f"{train.source}: labels such as {list_some(several, 3, ' and ')} seem to name several "
+            f"classes of one text ({count(len(several), 'such label')}); multi-label data are not "
+            "supported: give each text one class, or write names of classes without this mark"
+        )
     are_integers = all(_WHOLE.fullmatch(name) for name in names)
     ordered = sorted(names, key=int if are_integers else str)
     if len(ordered) < 2:
@@ -123,6 +131,23 @@ def find_classes(train: "Table") -> Classes:
             "at least two classes are needed"
         )
     return Classes(tuple(ordered), train.source)
+
+
+def _find_several_labels(names: set[str]) -> list[str]:
+    """Labels that list classes: `['a', 'b']`, or `a|b` where other labels have `a` and `b` too."""
+    lists = [name for name in names if _LIST.fullmatch(name)]
+    parts_of = {
+        mark: {name: [p.strip() for p in name.strip("[]{}()").split(mark)] for name in names}
+        for mark in "|;,"
+    }
+    for split in parts_of.values():
+        labels_with = Counter(part for parts in split.values() for part in {*parts})
+        lists += [
+            name
+            for name, parts in split.items()
+            if len({*parts}) > 1 and all(part and labels_with[part] > 1 for part in parts)
+        ]
+    return [quoted(name) for name in sorted({*lists})]
 
 
 def warn_of_twins(classes: Classes, train: "Table") -> None:

@@ -88,7 +88,10 @@ def explain_text(text: object) -> str:
 
 def explain_label(label: object) -> str:
     """Why this names no class."""
-    return f"the label is {shorten(label)}; expected a string or an integer"
+    several = ""
+    if isinstance(label, (list, tuple, set, dict)) or getattr(label, "ndim", 0):
+        several = ": a text has one class here, multi-label data are not supported"
+    return f"the label is {shorten(label)}; expected a string or an integer{several}"
 
 
 LabelledTexts = Table | Iterable[Any]
