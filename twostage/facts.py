@@ -85,7 +85,7 @@ def _describe_cut_texts(run: PreparedRun) -> str:
 
 def _describe_blank_texts(run: PreparedRun) -> Iterable[str]:
     """Texts in which the model finds nothing to read."""
-    unknown = run.tokenizer.token_to_id(run.tokenizer.model.unk_token)
+    unknown = run.tokenizer.model.token_to_id(run.tokenizer.model.unk_token)
     empty, unreadable = {}, {}
     for name, store in _stores(run):
         lengths_N = store.lengths.numpy()

@@ -210,9 +210,9 @@ def describe_result(result: Result, recipe: Recipe, inputs: dict[str, str]) -> d
             for name, rows in zip(names, result.class_counts_C, strict=True)
         ],
         "tail_class": names[tail],
-        "mean": {name: _or_none(np.mean(values)) for name, values in columns.items()},
+        "mean": {name: _or_none(float(np.mean(values))) for name, values in columns.items()},
         "std": {
-            name: _or_none(np.std(values, ddof=1)) if len(values) > 1 else None
+            name: _or_none(float(np.std(values, ddof=1))) if len(values) > 1 else None
             for name, values in columns.items()
         },
         "seeds": [
@@ -294,7 +294,7 @@ def _support(result: Result) -> np.ndarray:
 
 def _or_none(score: float) -> float | None:
     """JSON has no NaN."""
-    return None if np.isnan(score) else float(score)
+    return None if np.isnan(score) else score
 
 
 def _other_classes(result: Result) -> list[int]:

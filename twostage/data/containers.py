@@ -89,7 +89,7 @@ def explain_text(text: object) -> str:
 def explain_label(label: object) -> str:
     """Why this names no class."""
     several = ""
-    if isinstance(label, (list, tuple, set, dict)) or getattr(label, "ndim", 0):
+    if _is_column(label) or isinstance(label, (set, Mapping)):
         several = ": a text has one class here, multi-label data are not supported"
     return f"the label is {shorten(label)}; expected a string or an integer{several}"
 

@@ -128,11 +128,11 @@ def read_tokenizer(folder: Path) -> "Tokenizer":
 def describe_settings(tokenizer: "Tokenizer") -> dict[str, object]:
     """The tokenizer_config.json with which this tokenizer's tokenizer.json is read as it is."""
     first, last = tokenizer.encode("").tokens
+    names = {"unk_token": tokenizer.model.unk_token, "sep_token": last, "cls_token": first}
+    special = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     return {
         "tokenizer_class": PLAIN_CLASSES[0],
-        "unk_token": tokenizer.model.unk_token,
-        "sep_token": last,
-        "cls_token": first,
+        **{setting: token for setting, token in names.items() if token in special},
         "split_special_tokens": tokenizer.encode_special_tokens,
     }
 
