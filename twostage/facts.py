@@ -101,10 +101,10 @@ def _describe_shared_texts(
     run: PreparedRun, train_texts: Sequence[str], test_texts: Sequence[str]
 ) -> str:
     """Test rows that the model has seen, or nearly so."""
-    exact = {*run.train.texts}
+    exact = {text for text in run.train.texts if text.strip()}
     num_exact = sum(text in exact for text in run.test.texts)
     classes_of: dict[str, set[int]] = {}
-    wanted = {*test_texts}
+    wanted = {*test_texts} - {""}
     for text, label in zip(train_texts, run.data.train.labels_N.tolist(), strict=True):
         if text in wanted:
             classes_of.setdefault(text, set()).add(label)
@@ -131,7 +131,7 @@ def _describe_contradictions(run: PreparedRun, train_texts: Sequence[str]) -> st
     labels_N = run.data.train.labels_N.tolist()
     for row, (text, label) in enumerate(zip(train_texts, labels_N, strict=True)):
         before = first.setdefault(text, row)
-        if labels_N[before] != label:
+        if text and labels_N[before] != label:
             rows_of.setdefault(text, {before}).add(row)
     if not rows_of:
         return ""

@@ -83,7 +83,7 @@ def weight_files(folder: Path) -> list[Path]:
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{path} has no weight_map, which names the file of each tensor")
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or Path(name).name != name:
+        if not isinstance(name, str) or not name or Path(name).name != name:
             raise ModelError(f"{path}: '{tensor}' is said to be in {name!r}, which is no file here")
     names = sorted({*weight_map.values()})
     missing = [name for name in names if not (folder / name).is_file()]
