@@ -264,6 +264,81 @@ def test_scores_go_to_the_file_that_is_named(run: Run, train: Run, tmp_path: Pat
     assert list(pd.read_csv(tmp_path / "scores.csv")["class"]) == [0, 1]
 
 
+# Classes that the test data lack
+
+
+def test_no_headline_is_about_a_class_that_the_test_data_lack(
+    run: Run, train: Run, tmp_path: Path
+) -> None:
+    rows = [("good film", "a"), ("great fun", "a"), ("bad film", "b"), ("fine", "b"), ("dull", "c")]
+    data = folder_with(tmp_path / "d", {})
+    write_table(data / "train.csv", ("text", "label"), rows)
+    write_table(data / "test.csv", ("text", "label"), [(f"{text} too", c) for text, c in rows[:4]])
+    code, printed, err = train(data, "--save-models")
+    assert (code, err) == (0, "")
+    (seed,) = [line for line in printed.splitlines() if line.startswith("seed 7: ")]
+    assert seed.startswith("seed 7: macro-F1 0.")
+    assert "tail F1" not in printed
+    assert "tail AP" not in printed
+    assert (
+        "class 'c' has 1 of 5 training rows, and none of those scored here, so nothing is known of "
+        "it.\nmacro-F1 and balanced accuracy are means over the 2 of 3 classes that occur in the "
+        "scored texts."
+    ) in printed
+    header, row = (line.split() for line in printed.splitlines()[-6:-4])
+    report = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    (scored,) = report["seeds"]
+    for scores in (scored, report["mean"]):
+        assert scores["tail_f1"] is None
+        assert scores["tail_average_precision"] is None
+    f1 = {of_class["class"]: of_class["f1"] for of_class in scored["per_class"]}
+    assert scored["macro_f1"] == pytest.approx((f1["a"] + f1["b"]) / 2)
+    assert (header[-2:], row[-1]) == (["F1", "'b'"], f"{f1['b']:.3f}")
+
+    model = tmp_path / "out" / "seed-7"
+    code, printed, err = run("evaluate", "--model", model, "-d", data / "test.csv")
+    assert (code, err) == (0, "")
+    lines = printed.splitlines()
+    (tail,) = [line for line in lines if line.startswith("'c' (tail)")]
+    assert tail.split()[2:] == ["-", "-", "-", "-", "0"]
+    assert "tail F1" not in printed
+    assert "means over the 2 of 3 classes" in printed
+
+
+def test_an_absent_class_that_is_not_the_tail_has_no_score(
+    run: Run, train: Run, tmp_path: Path
+) -> None:
+    data = folder_with(tmp_path / "d", {})
+    rows = [("good film", "a"), ("bad film", "b"), ("fine", "b"), ("dull", "c"), ("long", "c")]
+    write_table(data / "train.csv", ("text", "label"), rows)
+    write_table(data / "test.csv", ("text", "label"), [("a good film", "a"), ("bad", "b")])
+    code, printed, _ = train(data, "--seeds", "7,42")
+    assert code == 0
+    (mean,) = [line.split() for line in printed.splitlines() if line.startswith("mean")]
+    assert mean[-1] == "-"
+    assert "tail F1 ('a')" in printed
+    assert "means over the 2 of 3 classes" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("train.csv", "text,label\nx,a\ny,b\nz,a|b\n"),
+        ("train.csv", "text,label\nx,\"['a', 'b']\"\ny,['b']\n"),
+        ("train.jsonl", '{"text": "x", "label": "a"}\n{"text": "y", "label": ["a", "b"]}\n'),
+    ],
+)
+def test_multi_label_data_are_declined_in_a_sentence(
+    run: Run, train: Run, tmp_path: Path, name: str, content: str
+) -> None:
+    data = folder_with(tmp_path / "d", {name: content, "test.csv": "text,label\nx,a\n"})
+    for code, _, err in (train(data), run("augment", "-d", data, "--offline")):
+        if name.endswith("csv") or "augment" not in err:
+            assert code == 3
+            assert err.count("\n") == 1
+    assert "multi-label data are not supported" in train(data)[2]
+
+
 # Foreign text
 
 

@@ -136,12 +136,12 @@ def explain_scores(
     class_counts_C: training rows of each class. support_C: rows of each class that were scored.
     """
     tail = int(np.argmin(class_counts_C))
-    judge = "judge by its F1 and by macro-F1"
+    judge = "so judge by its F1 and by macro-F1"
     if not support_C[tail]:
-        judge = "none that is scored here: of this class nothing can be said"
+        judge = "and none of those scored here, so nothing is known of it"
     notes = [
         f"* micro-F1 is the accuracy; class {quoted(names[tail])} has {class_counts_C[tail]} of "
-        f"{sum(class_counts_C)} training rows, so {judge}."
+        f"{sum(class_counts_C)} training rows, {judge}."
     ]
     occurring = np.count_nonzero(support_C)
     if 0 < occurring < len(names):

@@ -253,3 +253,45 @@ def test_an_unknown_class_among_a_thousand_is_one_readable_sentence() -> None:
         classes.encode(Table(["a"], ["x\x1b[31m\n"]))
     assert len(str(caught.value)) < 300
     assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("labels", "shown"),
+    [
+        (["a", "b", "a|b"], r"'a\|b' seem"),
+        (["news", "sport", "news; sport"], "'news; sport' seem"),
+        (["1", "2", "1,2", "2,1"], "'1,2' and '2,1' seem .*2 such labels"),
+        (["a|b", "b|c", "a|c"], r"'a\|b' and 'a\|c' and 'b\|c' seem"),
+        (["['a', 'b']", "['a']"], r"'\['a', 'b'\]' and '\['a'\]' seem"),
+        (['["a"]', "b"], r"'\[\"a\"\]' seem .*1 such label\)"),
+        (["[1, 0]", "[0, 1]", "[1, 1]"], r"'\[0, 1\]' and '\[1, 0\]' seem"),
+    ],
+)
+def test_several_classes_in_one_label_are_declined(labels: list[str], shown: str) -> None:
+    table = Table(["x"] * len(labels), labels, "a.csv")
+    with pytest.raises(DataError, match=rf"a\.csv: labels such as {shown}.*not supported"):
+        find_classes(table)
+
+
+@pytest.mark.parametrize(
+    "labels",
+    [
+        ["a|b", "c|d"],
+        ["R&D; Sales", "Legal"],
+        ["Paris, Texas", "Paris, France", "Rome"],
+        ["sport;football", "sport;tennis", "news;local"],
+        ["(0, 10]", "(10, 20]"],
+        ["[spam]", "[ham]"],
+        ["1.5", "2.5"],
+        ["C++", "C|", "C"],
+        ["a,", ",a"],
+    ],
+)
+def test_names_with_marks_in_them_are_names(labels: list[str]) -> None:
+    assert len(find_classes(Table(["x"] * len(labels), labels))) == len(labels)
+
+
+@pytest.mark.parametrize("label", [["a", "b"], ("a",), {"a"}, np.array([0, 1]), {"a": 1}])
+def test_a_list_for_a_label_is_declined(label: object) -> None:
+    with pytest.raises(DataError, match=r"row 1: the label is .*multi-label data are not"):
+        Table(["x", "y"], ["a", label])  # type: ignore[list-item]
