@@ -40,10 +40,11 @@ from workload import (
 from twostage.assets.data_sets import fetch_demo
 from twostage.data.packing import TokenStore
 from twostage.memory import keep_freed_memory
+from twostage.preparation import Datasets
 from twostage.recipe import Recipe
 from twostage.training.precision import choose_device
 from twostage.training.stage import StageData, StepReport
-from twostage.two_stage import Datasets, compute_stage_1_features, train_one_seed
+from twostage.two_stage import compute_stage_1_features, train_one_seed
 
 TEST_SHARE = 872 / SST2_TEXTS
 """Texts to evaluate for each to train on: SST-2's."""

@@ -293,9 +293,9 @@ def test_a_folder_can_hide_a_model_of_the_hub(
 def test_a_file_or_nothing_is_no_folder(tiny: Path) -> None:
     for load in (load_checkpoint, load_model):
         with pytest.raises(ModelError, match=r"model\.safetensors' is a file; give the folder"):
-            load(tiny / WEIGHTS)  # type: ignore[operator]
+            load(tiny / WEIGHTS)
         with pytest.raises(ModelError, match=r"there is no model folder '.*none'; give one"):
-            load(tiny / "none")  # type: ignore[operator]
+            load(tiny / "none")
 
 
 def test_the_folder_of_a_run_names_the_models_in_it(tiny: Path, tmp_path: Path) -> None:

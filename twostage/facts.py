@@ -20,18 +20,19 @@ from .training.losses import make_class_weights
 
 FEW_ROWS = 10
 """Test rows below which a class's scores move in large steps."""
+_BLANK = hash("")
 
 
 def find_facts(run: PreparedRun) -> list[str]:
     """The facts of a run, in the order in which they are printed."""
-    normalized = [list(map(_normalize, table.texts)) for table in (run.train, run.test)]
+    train_N, test_N = _text_keys(run.train.texts), _text_keys(run.test.texts)
     facts = [
         _describe_weights(run),
         _describe_rare_classes(run.classes, run.data.test.labels_N),
         _describe_cut_texts(run),
         *_describe_blank_texts(run),
-        _describe_shared_texts(run, *normalized),
-        _describe_contradictions(run, normalized[0]),
+        _describe_shared_texts(run, train_N, test_N),
+        _describe_contradictions(run, train_N),
         _describe_case(run),
         _describe_sizes(run),
     ]
@@ -97,51 +98,49 @@ def _describe_blank_texts(run: PreparedRun) -> Iterable[str]:
             yield f"{_join(texts)} {what}"
 
 
-def _describe_shared_texts(
-    run: PreparedRun, train_texts: Sequence[str], test_texts: Sequence[str]
-) -> str:
-    """Test rows that the model has seen, or nearly so."""
-    exact = {text for text in run.train.texts if text.strip()}
-    num_exact = sum(text in exact for text in run.test.texts)
-    classes_of: dict[str, set[int]] = {}
-    wanted = {*test_texts} - {""}
-    for text, label in zip(train_texts, run.data.train.labels_N.tolist(), strict=True):
-        if text in wanted:
-            classes_of.setdefault(text, set()).add(label)
-    shared = [
-        label in classes_of[text]
-        for text, label in zip(test_texts, run.data.test.labels_N.tolist(), strict=True)
-        if text in classes_of
-    ]
-    if not shared:
+def _describe_shared_texts(run: PreparedRun, train_N: np.ndarray, test_N: np.ndarray) -> str:
+    """Test rows that the model has seen, or nearly so.
+
+    train_N, test_N: keys of the texts.
+    """
+    alike_N = np.isin(test_N, train_N) & (test_N != _BLANK)
+    if not alike_N.any():
         return ""
-    other = len(shared) - sum(shared)
+    in_test = {*run.test.texts}
+    trained = {text for text in run.train.texts if text in in_test and text.strip()}
+    num_exact = sum(text in trained for text in run.test.texts)
+    seen_N = np.isin(train_N, test_N)
+    known = {*zip(train_N[seen_N].tolist(), run.data.train.labels_N[seen_N].tolist(), strict=True)}
+    asked = zip(test_N[alike_N].tolist(), run.data.test.labels_N[alike_N].tolist(), strict=True)
+    other = sum(pair not in known for pair in asked)
     under_other = f", {other:,} of them only under another class" if other else ""
     return (
-        f"{num_exact:,} of {count(len(test_texts), 'test text')} occur in the training data too "
-        f"({len(shared):,} when case, white space and Unicode form are ignored{under_other}): "
+        f"{num_exact:,} of {count(len(test_N), 'test text')} occur in the training data too "
+        f"({alike_N.sum():,} when case, white space and Unicode form are ignored{under_other}): "
         "scores on them say nothing of new texts"
     )
 
 
-def _describe_contradictions(run: PreparedRun, train_texts: Sequence[str]) -> str:
-    """Training texts under several classes."""
-    first: dict[str, int] = {}
-    rows_of: dict[str, set[int]] = {}
-    labels_N = run.data.train.labels_N.tolist()
-    for row, (text, label) in enumerate(zip(train_texts, labels_N, strict=True)):
-        before = first.setdefault(text, row)
-        if text and labels_N[before] != label:
-            rows_of.setdefault(text, {before}).add(row)
-    if not rows_of:
+def _describe_contradictions(run: PreparedRun, train_N: np.ndarray) -> str:
+    """Training texts under several classes. train_N: keys of the texts."""
+    labels_N = run.data.train.labels_N
+    order_N = np.argsort(train_N, kind="stable")
+    starts = np.flatnonzero(np.diff(train_N[order_N], prepend=train_N[order_N[0]] - 1))
+    low, high = (f.reduceat(labels_N[order_N], starts) for f in (np.minimum, np.maximum))
+    several = (low != high) & (train_N[order_N[starts]] != _BLANK)
+    if not several.any():
         return ""
-    a, b = sorted(min(rows_of.values(), key=min))[:2]
-    rows = sum(text in rows_of for text in train_texts)
-    where = " and ".join(run.train.where(row).rpartition(", ")[2] for row in (a, b))
+    ends = np.append(starts[1:], len(order_N))
+    bounds = zip(starts[several], ends[several], strict=True)
+    rows_of = [order_N[start:end] for start, end in bounds]
+    first = min(rows_of, key=lambda rows: int(rows[0]))
+    other = first[labels_N[first] != labels_N[first[0]]][0]
+    where = " and ".join(run.train.where(row).rpartition(", ")[2] for row in (first[0], other))
     verb = "stands" if len(rows_of) == 1 else "stand"
     return (
         f"{count(len(rows_of), 'training text')} {verb} under more than one class, in "
-        f"{count(rows, 'row')} (case, white space and Unicode form ignored), such as {where}"
+        f"{count(sum(map(len, rows_of)), 'row')} (case, white space and Unicode form ignored), "
+        f"such as {where}"
     )
 
 
@@ -221,8 +220,16 @@ def _count_tokens(store: TokenStore, token: int) -> np.ndarray:
     return counts_N
 
 
+def _text_keys(texts: Sequence[str]) -> np.ndarray:
+    """[N] int64: equal for texts that differ in case, white space and Unicode form alone.
+
+    Numbers, not texts, which would be held in memory a second time. Two of a million have one in
+    common by chance in one run of four million.
+    """
+    return np.fromiter((hash(_normalize(text)) for text in texts), np.int64, len(texts))
+
+
 def _normalize(text: str) -> str:
-    """What texts have in common that differ in case, white space and Unicode form alone."""
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     return " ".join(text.casefold().split())

@@ -178,6 +178,58 @@ def test_the_weights_come_last(hub: Hub) -> None:
     assert asked[-1].endswith("/model.safetensors")
 
 
+SHARDS = {
+    "model.safetensors.index.json": json.dumps(
+        {"weight_map": {t: f"model-0000{i}-of-00002.safetensors" for i, t in ((1, "a"), (2, "b"))}}
+    ).encode(),
+    "model-00001-of-00002.safetensors": b"one",
+    "model-00002-of-00002.safetensors": b"two",
+}
+
+
+def test_sharded_weights_are_downloaded_and_found_again(hub: Hub, tmp_path: Path) -> None:
+    files = {file: CONTENT[file] for file in ("config.json", "vocab.txt", "pytorch_model.bin")}
+    hub.has("tiny-bert", files | SHARDS)
+    (first,) = hub.call(FIND)
+    wanted = {"config.json", "vocab.txt", *SHARDS}
+    assert {path.name for path in Path(first["path"]).iterdir()} == wanted
+    assert hub.call(FIND, HF_HUB_OFFLINE="1") == [{"path": first["path"], "said": []}]
+    (copied,) = hub.call(("fetch_model", "tiny-bert", str(tmp_path / "copy")))
+    assert {path.name for path in Path(copied["path"]).iterdir()} == wanted
+    (Path(first["path"]) / "model-00002-of-00002.safetensors").unlink()
+    (offline,) = hub.call(FIND, HF_HUB_OFFLINE="1")
+    assert offline["exit_code"] == 4
+
+
+def test_an_adapter_is_named_before_it_is_downloaded(hub: Hub) -> None:
+    hub.has("ann/lora", {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"})
+    (outcome,) = hub.call(("find_model", "ann/lora"))
+    assert "has no config.json; there is an adapter (LoRA or the like)" in outcome["error"]
+    assert outcome["exit_code"] == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {}])
+def test_what_is_cached_without_safetensors_is_told(hub: Hub, environment: dict[str, str]) -> None:
+    """As by a tool that reads pickles; the second time the hub answers nothing."""
+    files = {file: CONTENT[file] for file in ("config.json", "vocab.txt", "pytorch_model.bin")}
+    for file, content in files.items():
+        path = f"/tiny-bert/resolve/main/{file}"
+        hub.server.answer(path, content, ETag=f'"etag-{file}"', X_Repo_Commit=COMMIT)
+    script = "from huggingface_hub import hf_hub_download as get\n"
+    script += "".join(f"get('tiny-bert', {file!r})\n" for file in files)
+    settings = {"HF_ENDPOINT": hub.server.url, "HF_HOME": str(hub.home)}
+    subprocess.run([sys.executable, "-P", "-c", script], env=os.environ | settings, check=True)
+    broken(hub)
+    (outcome,) = hub.call(FIND, **environment)
+    assert (
+        "; what is in the cache has no model.safetensors: pytorch_model.bin can run"
+        in (outcome["error"])
+    )
+    assert f"/snapshots/{COMMIT} && python3 -m venv" in outcome["error"]
+    assert outcome["exit_code"] == 4
+
+
 def test_offline_without_a_cache_is_one_sentence_and_no_request(hub: Hub) -> None:
     hub.has("tiny-bert", CONTENT)
     (outcome,) = hub.call(FIND, HF_HUB_OFFLINE="1")

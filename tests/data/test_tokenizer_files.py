@@ -87,6 +87,11 @@ def changed(change: Callable[[tokenizers.Tokenizer], object]) -> tokenizers.Toke
     return tokenizer
 
 
+def bake_in(tokenizer: tokenizers.Tokenizer) -> None:
+    tokenizer.enable_truncation(4)
+    tokenizer.enable_padding(length=4)
+
+
 def ours(folder: Path, max_length: int) -> list[list[int]]:
     store = tokenize(load_tokenizer(folder), TEXTS, max_length)
     bounds = store.offsets.tolist()
@@ -179,7 +184,7 @@ HONOURED: dict[str, tuple[Settings | None, dict[str, Any]]] = {
     ),
     "tokenizer.json, padded and cut": (
         None,
-        {"tokenizer": changed(lambda t: (t.enable_truncation(4), t.enable_padding(length=4)))},
+        {"tokenizer": changed(bake_in)},
     ),
     "tokenizer.json, BertProcessing": (
         {},
@@ -398,7 +403,7 @@ def test_without_capitals_in_the_vocabulary_none_are_kept(tmp_path: Path) -> Non
     assert load_tokenizer(folder).encode("FILM").tokens == ["[CLS]", "film", "[SEP]"]
 
 
-REAL = {
+REAL: dict[str, Settings | None] = {
     "bert-base-uncased": {"do_lower_case": True, "model_max_length": 512},
     "bert-base-cased": {"do_lower_case": False, "model_max_length": 512},
     "bert-base-multilingual-cased": {"do_lower_case": False, "model_max_length": 512},
