@@ -93,7 +93,7 @@ def read_tokenizer(folder: Path) -> "Tokenizer":
 
     Raises ModelError, naming the file and the setting, for what is not BERT's or not honoured.
     """
-    from tokenizers import models
+    from tokenizers import AddedToken, models
 
     settings = _read_settings(folder)
     path, vocabulary_path = (folder / name for name in TOKENIZERS)
@@ -102,6 +102,9 @@ def read_tokenizer(folder: Path) -> "Tokenizer":
         stored = _read_stored(path)
         in_file = stored.get_added_tokens_decoder()
         _refuse_contradictions(stored, settings, path)
+        if settings.is_plain and stored.padding:  # transformers takes its token for the pad token
+            pad_token = AddedToken(stored.padding["pad_token"], special=True)
+            settings.named.setdefault("pad_token", pad_token)
         tokenizer = stored if settings.is_plain else _build(stored.model, settings)
     elif vocabulary_path.is_file():
         path, vocabulary = vocabulary_path, _read_vocabulary(vocabulary_path)
@@ -272,11 +275,11 @@ def _as_token(value: object, path: Path, name: str) -> "AddedToken | None":
         return None
     if isinstance(value, str):
         return AddedToken(value, special=True)
+    fields = dict(value) if isinstance(value, dict) else {}
+    fields.pop("__type", None)
     try:
-        assert isinstance(value, dict)
-        fields = {field: x for field, x in value.items() if field != "__type"}
         return AddedToken(fields.pop("content"), **fields)
-    except (AssertionError, KeyError, TypeError):
+    except (KeyError, TypeError):
         raise ModelError(
             f"{path}: {name} is {shorten(value)}; expected a token, or an object with content, "
             "lstrip, rstrip, single_word, normalized and special"
@@ -312,17 +315,10 @@ def _kind(part: object) -> str:
 
 def _refuse_contradictions(stored: "Tokenizer", settings: _Settings, path: Path) -> None:
     """Raise ModelError where tokenizer.json says what the settings leave out, or the reverse."""
-    from tokenizers import AddedToken
-
     values = settings.values
     side = stored.truncation["direction"] if stored.truncation else "right"
     if values.get("truncation_side") is None and side != "right":
         raise ModelError(f"{path}: truncation on the {side} is not supported; expected right")
-    stored.no_truncation()
-    if settings.is_plain and stored.padding:
-        pad_token = AddedToken(stored.padding["pad_token"], special=True)
-        settings.named.setdefault("pad_token", pad_token)
-    stored.no_padding()
     if settings.is_plain:
         normalize = stored.normalizer.normalize_str if stored.normalizer else str
         for setting, before, after in _OPTIONS.values():
@@ -330,10 +326,12 @@ def _refuse_contradictions(stored: "Tokenizer", settings: _Settings, path: Path)
             if said is not None and said != (normalize(before) == after):
                 raise ModelError(
                     f"{settings.path}: {setting} is {json.dumps(said)}, but {path.name} does "
-                    f"otherwise, and {values['tokenizer_class']} goes by that; make them agree"
+                    "otherwise, and this tokenizer_class takes that as it is; make them agree"
                 )
         return
     ends = [settings.name_of("cls_token"), settings.name_of("sep_token")]
+    stored.no_truncation()
+    stored.no_padding()
     if stored.encode("").tokens != ends:
         raise ModelError(
             f"{path}: the post_processor does not put {ends[0]} and {ends[1]} around a text"
