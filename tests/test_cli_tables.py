@@ -340,6 +340,25 @@ def test_multi_label_data_are_declined_in_a_sentence(
     assert "multi-label data are not supported" in train(data)[2]
 
 
+def test_notes_on_the_data_wait_for_the_model(
+    run: Run, train: Run, tiny: Path, tmp_path: Path
+) -> None:
+    semicolons = delimited("text;label", ";")
+    data = folder_with(tmp_path / "d", {"train.csv": semicolons, "test.csv": semicolons})
+    code, _, err = train(data)
+    assert code == 0
+    assert err.count("is read with semicolons") == 2
+    (tiny / "config.json").unlink()
+    code, out, err = train(data)
+    assert (code, out) == (3, "")
+    assert err.startswith("twostage: error: ")
+    assert err.count("\n") == 1
+    (data / "test.csv").write_text("text;label\nx;unknown\n")
+    code, out, err = train(data)
+    assert code == 3
+    assert "is read with semicolons" in err, "notes are not lost when the data are at fault"
+
+
 # Foreign text
 
 

@@ -142,8 +142,8 @@ def test_classes_that_the_test_data_can_hardly_judge_are_named(tiny: Path) -> No
     train = Table(GOOD, ["a", "b", "c"] * 10)
     test = Table(TEST[:12], ["a"] * 10 + ["b"] * 2)
     assert facts(tiny, train, test) == [
-        "1 of 3 classes have no test row: 'c'; 1 of 3 classes have fewer than 10 test rows, so "
-        "their scores move in large steps: 'b' (2)"
+        "1 of 3 classes has no test row: 'c'; 1 of 3 classes has fewer than 10 test rows, which "
+        "makes scores move in large steps: 'b' (2)"
     ]
 
 
@@ -205,7 +205,14 @@ def test_a_tokenizer_against_the_name_of_the_model_is_told(
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps(config | {"_name_or_path": name}))
     (said,) = about_case(tiny)
-    assert f"but the model is named '{name.lower()}'" in said
+    assert f"but the model is named '{name.lower().removeprefix('ann/')}'" in said
+
+
+@pytest.mark.parametrize("name", ["/home/cased/out", "ann/encased-bert", "cased-study/uncased"])
+def test_names_that_only_look_like_it_are_none(tiny: Path, name: str) -> None:
+    config = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps(config | {"_name_or_path": name}))
+    assert about_case(tiny) == []
 
 
 @pytest.mark.parametrize("lowercase", [True, False])

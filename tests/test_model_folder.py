@@ -13,6 +13,7 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from twostage.assets.hub import find_model
 from twostage.cli import main
 from twostage.data.packing import TokenStore, pack
 from twostage.errors import ModelError
@@ -231,10 +232,10 @@ WRONG: list[tuple[Callable[[Path], None], str]] = [
     (onnx, r"model\.onnx holds weights for ONNX"),
     (pickle, r"pytorch_model\.bin can run code.*`cd /.* && python3 -m venv .*torch\.load"),
     (shards_of_pickles, "pytorch_model.bin can run code"),
-    (other_name, r"it has bert\.safetensors: rename"),
+    (other_name, r"there is bert\.safetensors: rename"),
     (one_level_up, r"the model is in a folder below: give '.*/tiny/checkpoint-500'$"),
     (two_levels_up, r"the model is in a folder below: give '.*/tiny/snapshots/0123'$"),
-    (nothing, r"model\.safetensors does not exist; give a folder that holds config\.json"),
+    (nothing, r"model\.safetensors does not exist; give one that holds config\.json"),
     (no_tokenizer, r"has neither tokenizer\.json nor vocab\.txt"),
     (distilbert, "model_type is 'distilbert'; supported: 'bert'"),
     (roberta, "model_type is 'roberta'; supported: 'bert'"),
@@ -248,7 +249,7 @@ WRONG: list[tuple[Callable[[Path], None], str]] = [
         foreign_names,
         r"have no tensor 'embeddings\.word_embeddings\.weight'; theirs are wte\.weight",
     ),
-    (smaller, r"gives id 30521 to token '##～'.*vocab_size 99, so ids end at 98; 30,422 more"),
+    (smaller, r"gives id 30521 to token '##～'.*vocab_size 99, so ids end at 98; 30,423 tokens"),
 ]
 
 
@@ -284,10 +285,15 @@ def test_a_folder_can_hide_a_model_of_the_hub(
     for name in ("bert-base-uncased", "ann/tiny"):
         Path(name).mkdir(parents=True)
         with pytest.raises(ModelError, match="is empty, and hides the model of that name on the"):
-            check_folder(Path(name))
+            find_model(name)
     Path("ann/tiny/notes.txt").touch()
     with pytest.raises(ModelError, match="holds no model, and hides"):
-        check_folder(Path("ann/tiny"))
+        find_model("ann/tiny")
+    for path in ("./ann/tiny", "ann/tiny/", str(tmp_path / "ann")):
+        with pytest.raises(ModelError, match=r"does not exist; give one that holds config\.json"):
+            find_model(path)
+    with pytest.raises(ModelError, match="does not exist; give one that `twostage train --save"):
+        load_model(Path("ann/tiny"))
 
 
 def test_a_file_or_nothing_is_no_folder(tiny: Path) -> None:

@@ -15,6 +15,7 @@ What an earlier run left in the same folder is kept once, as `results.csv.previo
 
 import csv
 import shutil
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing
 from dataclasses import astuple, fields
@@ -31,7 +32,7 @@ from .data.tables import (
     write_table,
 )
 from .data.tokenization import tokenize
-from .errors import DataError, writing_to
+from .errors import DataError, TwoStageWarning, writing_to
 from .files import write_json
 from .model.bert import BertClassifier
 from .preparation import prepare_run
@@ -68,17 +69,21 @@ def run_experiment(
     output_path: Path,
     recipe: Recipe,
     *,
+    notes: Iterable[str] = (),
     save_models: bool = False,
     show_progress: bool = False,
     say: Callable[[str], None] = print,
 ) -> Result:
     """Train and evaluate every seed of the recipe; write the output folder.
 
+    notes: on how the data were read, which become warnings once the model is known to be usable.
     say: receives a line for each thing that a user should know.
     """
     run = prepare_run(
         model, data.train, data.test, recipe, data.augmented, show_progress=show_progress
     )
+    for note in notes:
+        warnings.warn(note, TwoStageWarning, stacklevel=2)
     say(describe_run(run))
     finished = 0
     with closing(_OutputFolder(output_path)) as output:

@@ -5,6 +5,7 @@ of them that takes a fraction of the time that tokenising took (`benchmarks/READ
 """
 
 import json
+import re
 import unicodedata
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -64,12 +65,14 @@ def _describe_rare_classes(classes: Classes, test_labels_N: np.ndarray) -> str:
     parts = []
     if len(absent):
         names = list_some([quoted(classes.names[c]) for c in absent], MAX_REPORTED, ", ")
-        parts.append(f"{len(absent)} of {len(classes)} classes have no test row: {names}")
+        have = "has" if len(absent) == 1 else "have"
+        parts.append(f"{len(absent)} of {len(classes)} classes {have} no test row: {names}")
     if len(few):
         shown = [f"{quoted(classes.names[c])} ({rows_C[c]})" for c in few]
+        have = "has" if len(few) == 1 else "have"
         parts.append(
-            f"{len(few)} of {len(classes)} classes have fewer than {FEW_ROWS} test rows, so their "
-            f"scores move in large steps: {list_some(shown, MAX_REPORTED, ', ')}"
+            f"{len(few)} of {len(classes)} classes {have} fewer than {FEW_ROWS} test rows, which "
+            f"makes scores move in large steps: {list_some(shown, MAX_REPORTED, ', ')}"
         )
     return "; ".join(parts)
 
@@ -151,11 +154,11 @@ def _describe_case(run: PreparedRun) -> str:
     name = _model_name(run.folder)
     if keeps and share < 0.01:
         said = f"the tokenizer keeps capitals, but {capitals or 'none'} of its tokens have one"
-    elif keeps and "uncased" in name:
+    elif keeps and re.search(r"\buncased\b", name):
         said = f"the tokenizer keeps capitals, but the model is named '{visible(name)}'"
     elif not keeps and share > 0.05:
         said = f"the tokenizer lower-cases, but {capitals:,} of its tokens have capitals"
-    elif not keeps and "cased" in name.replace("uncased", ""):
+    elif not keeps and re.search(r"\bcased\b", name):
         said = f"the tokenizer lower-cases, but the model is named '{visible(name)}'"
     elif not keeps and _says_to_keep_case(run.folder / "tokenizer.json"):
         said = (
@@ -170,9 +173,9 @@ def _describe_case(run: PreparedRun) -> str:
 
 
 def _model_name(folder: Path) -> str:
-    """What config.json says that the model was made from, else the folder's name."""
+    """Last part of what config.json says that the model was made from, else the folder's name."""
     name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
-    return str(name or folder.name).lower()
+    return Path(str(name or folder.name)).name.lower().replace("_", "-")
 
 
 def _says_to_keep_case(path: Path) -> bool:

@@ -6,7 +6,7 @@
                        `special_tokens_map.json` and `added_tokens.json` say changes token ids
 
 People give other folders: an adapter, weights of another framework, the folder above, what a clone
-without Git LFS has left. `explain_missing` tells them apart by the names of their files; nothing of
+without Git LFS has left. `check_folder` tells them apart by the names of their files; nothing of
 a pickle is ever read.
 """
 
@@ -46,29 +46,40 @@ _OTHER_WEIGHTS = {
 _POINTER = b"version https://git-lfs"
 _CONVERSION = (
     "import glob, torch, safetensors.torch as s; "
-    "w = {k: v.clone().contiguous() for f in sorted(glob.glob('pytorch_model*.bin')) "
-    "for k, v in torch.load(f, weights_only=True).items()}; "
-    "s.save_file(w, 'model.safetensors', {'format': 'pt'})"
+    "d = [torch.load(f, weights_only=True) for f in sorted(glob.glob('pytorch_model*.bin'))]; "
+    "w = {k: v.clone().contiguous() for x in d for k, v in x.get('state_dict', x).items() "
+    "if torch.is_tensor(v)}; s.save_file(w, 'model.safetensors', {'format': 'pt'})"
 )
 
 
-def check_folder(folder: Path, expected: str = "") -> None:
+EXPECTED = (
+    f"give one that holds {CONFIG}, {WEIGHTS} and {TOKENIZERS[0]} (`twostage fetch demo` makes "
+    "demo/model)"
+)
+
+
+def check_folder(folder: Path, expected: str = EXPECTED, *, hides_hub_name: bool = False) -> None:
     """Raise ModelError for what is no folder, or none that can hold a model.
 
-    expected: what to give instead
+    expected: what to give instead. hides_hub_name: whether a model of the Hugging Face Hub may have
+    been meant.
     """
-    expected = expected or (
-        f"give one that holds {CONFIG}, {WEIGHTS} and {TOKENIZERS[0]} (`twostage fetch demo` makes "
-        "demo/model)"
-    )
     if folder.is_file():
         raise ModelError(f"'{folder}' is a file; give the folder that holds it")
     if not folder.is_dir():
         raise ModelError(f"there is no model folder '{folder}'; {expected}")
     names = _names_in(folder)
     has_weights = WEIGHTS in names or INDEX in names
-    if CONFIG not in names or not has_weights:
-        raise ModelError(explain_missing(folder, CONFIG if has_weights else WEIGHTS))
+    if CONFIG in names and has_weights:
+        return
+    missing = folder / (CONFIG if has_weights else WEIGHTS)
+    if hides_hub_name and CONFIG not in names and not has_weights:
+        kind = "holds no model" if names else "is empty"
+        expected = (
+            f"this folder {kind}, and hides the model of that name on the Hugging Face Hub, if "
+            "there is one: rename or remove it to get that, or give a folder that holds a model"
+        )
+    raise ModelError(f"{missing} does not exist; {_explain(folder, names) or expected}")
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -124,28 +135,6 @@ def check_no_pointer(path: Path) -> None:
         )
 
 
-def explain_missing(folder: Path, file: str) -> str:
-    """One sentence on a folder without `file`: what it is instead, and what to do."""
-    names = _names_in(folder)
-    lacks = f"{folder / file} does not exist"
-    other = explain_files(names, folder)
-    if other:
-        return f"{lacks}; {other}"
-    below = [f"'{path}'" for path in _models_below(folder)]
-    if below:
-        return f"{lacks}; the model is in a folder below: give {list_some(below, 5, ' or ')}"
-    if _may_hide_hub_name(folder):
-        kind = "holds no model" if names else "is empty"
-        return (
-            f"{lacks}; this folder {kind}, and hides the model of that name on the Hugging Face "
-            "Hub; rename or remove it to get that, or give a folder that holds a model"
-        )
-    if file == WEIGHTS and any(name.endswith(".safetensors") for name in names):
-        found = sorted(name for name in names if name.endswith(".safetensors"))
-        return f"{lacks}, but it has {list_some(found, 5, ', ')}: rename the file of the weights"
-    return f"{lacks}; give a folder that holds {CONFIG}, {WEIGHTS} and {TOKENIZERS[0]}"
-
-
 def explain_files(names: Iterable[str], folder: Path | None = None) -> str:
     """What files of these names are, if not weights that can be loaded here; "" if unknown.
 
@@ -180,6 +169,25 @@ def explain_files(names: Iterable[str], folder: Path | None = None) -> str:
     return ""
 
 
+def _explain(folder: Path, names: set[str]) -> str:
+    """What a folder with files of these names is, and what to do; "" if unknown."""
+    for name in sorted(names & {*PICKLES, *ADAPTERS, CONFIG}):
+        check_no_pointer(folder / name)
+    exported = {path.name for path in folder.glob("onnx/*.onnx")}
+    other = explain_files(names | exported, folder)
+    if other:
+        return other
+    below = [f"'{path}'" for path in _models_below(folder)]
+    if below:
+        return f"the model is in a folder below: give {list_some(below, 5, ' or ')}"
+    weights = sorted(name for name in names if name.endswith(".safetensors"))
+    if weights and all("-of-" in name for name in weights):
+        return f"{weights[0]} is one of several files, but {INDEX} is missing; get it again"
+    if weights and WEIGHTS not in weights:
+        return f"there is {list_some(weights, 5, ', ')}: rename the file of the weights"
+    return ""
+
+
 def _names_in(folder: Path) -> set[str]:
     try:
         return {path.name for path in folder.iterdir()}
@@ -188,19 +196,14 @@ def _names_in(folder: Path) -> set[str]:
 
 
 def _models_below(folder: Path) -> list[Path]:
-    """Whole models up to two folders down; the newest checkpoint last, as their names sort."""
+    """Whole models up to three folders down, as in a cache of the Hub."""
     found = [
         path.parent
-        for pattern in ("*/", "*/*/")
+        for pattern in ("*/", "*/*/", "*/*/*/")
         for path in folder.glob(pattern + CONFIG)
         if (path.parent / WEIGHTS).exists() or (path.parent / INDEX).exists()
     ]
     return sorted(found, key=lambda path: (len(path.parts), len(path.name), path.name))
-
-
-def _may_hide_hub_name(folder: Path) -> bool:
-    """Whether this was meant as a name on the Hub: `bert-base-uncased`, `owner/name`."""
-    return not folder.is_absolute() and 1 <= len(folder.parts) <= 2 and folder.parts[0] != ".."
 
 
 def _base_of_adapter(folder: Path | None) -> str:

@@ -170,3 +170,9 @@ def test_bad_rows_are_named(data: Any, what: str) -> None:
 def test_letters_are_no_texts(make: Callable[[], Table]) -> None:
     with pytest.raises(DataError, match="where a list is expected"):
         make()
+
+
+def test_a_frame_in_the_place_of_a_column_is_declined() -> None:
+    labels = pd.DataFrame({"toxic": [0, 1], "rude": [1, 1]})
+    with pytest.raises(DataError, match="of 2 columns where one is expected"):
+        as_table((["x", "y"], labels), "train data")

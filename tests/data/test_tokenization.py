@@ -142,7 +142,7 @@ def test_folders_without_a_usable_tokenizer_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"vocab\.txt lacks"):
         load_tokenizer(tmp_path)
     (tmp_path / "vocab.txt").write_bytes(b"[CLS]\n\xff\n")
-    with pytest.raises(ModelError, match=r"vocab\.txt is not valid UTF-8"):
+    with pytest.raises(ModelError, match=r"vocab\.txt is not .* valid UTF-8"):
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelError, match=r"tokenizer\.json is not a readable tokenizer"):

@@ -25,6 +25,7 @@ from ..model_folder import (
     TOKENIZER_SETTINGS,
     TOKENIZERS,
     WEIGHTS,
+    check_folder,
     explain_files,
     weight_files,
 )
@@ -54,6 +55,7 @@ def find_model(
     """
     # os.path answers for what can be no path at all, where Path raises.
     if os.path.isdir(name):
+        check_folder(Path(name), hides_hub_name=not _is_path(name))
         return Path(name)
     if _is_path(name) or os.path.exists(name):
         if os.path.isfile(name):
@@ -136,11 +138,13 @@ def _find_on_hub(name: str, say: Callable[[str], None], show_progress: bool) -> 
     cached = _find_in_cache(name)
     if cached is not None and _is_complete(cached):
         return cached
-    held = _explain_cached(cached)
+    lacks, other = _explain_cached(cached)
     if constants.HF_HUB_OFFLINE:
+        where = f"in {constants.HF_HUB_CACHE}"
+        what = f"{name} is {where} without {lacks}" if lacks else f"{name} is not {where}"
         raise DownloadError(
-            f"{name} is not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE is set; unset it, or "
-            f"run `twostage fetch {name}` with a network and the same cache{held}"
+            f"{what}, and HF_HUB_OFFLINE is set; unset it, or run `twostage fetch {name}` with a "
+            f"network and the same cache{other and '; '}{other}"
         )
     try:
         weights = _check_files(name)
@@ -153,7 +157,8 @@ def _find_on_hub(name: str, say: Callable[[str], None], show_progress: bool) -> 
         raise
     except Exception as error:  # the types differ between versions of huggingface_hub
         explained = _explain(name, error)
-        raise type(explained)(f"{explained}{held}") from error
+        held = f"; the cache has it without {lacks}" if lacks else ""
+        raise type(explained)(f"{explained}{held}{other and '; '}{other}") from error
     found = _find_in_cache(name)
     if found is None or not _is_complete(found):
         raise DownloadError(f"the download of {name} is not complete; run the command again")
@@ -175,12 +180,16 @@ def _find_in_cache(name: str) -> Path | None:
     return Path(config).parent if isinstance(config, str) else None
 
 
-def _explain_cached(folder: Path | None) -> str:
-    """What the cache holds instead of weights that can be loaded, as the end of a sentence."""
-    if folder is None or (folder / WEIGHTS).exists() or (folder / INDEX).exists():
-        return ""
-    other = explain_files((path.name for path in folder.iterdir()), folder)
-    return f"; what is in the cache has no {WEIGHTS}" + (f": {other}" if other else "")
+def _explain_cached(folder: Path | None) -> tuple[str, str]:
+    """(what a model in the cache lacks, what there is instead), as far as it is known."""
+    if folder is None:
+        return "", ""
+    names = {path.name for path in folder.iterdir()}
+    if not names & {WEIGHTS, INDEX}:
+        return WEIGHTS, explain_files(names, folder)
+    if not names & {*TOKENIZERS}:
+        return " or ".join(TOKENIZERS), ""
+    return "some of its files of weights", ""
 
 
 def _check_files(name: str) -> list[str]:

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 _WHOLE = re.compile(r"([+-]?(?:0|[1-9][0-9]{0,999}))(?:\.0*)?")
 _LIST = re.compile(r"""[\[({]\s*(['"]).*\1\s*,?\s*[\])}]""")
+_VECTOR = re.compile(r"\[[01](?:[ ,]+[01])+\]|[01](?: [01])+|[01](?:,[01]){2,}")
+_DECIMAL = re.compile(r"[+-]?[0-9]+(?:,[0-9]+)?")
 # Cyrillic and Greek letters, dashes and apostrophes that print as Latin ones do.
 _LOOK_ALIKE = str.maketrans(
     "аеорсухіјѕԁһԛԝкмтвнАВЕКМНОРСТУХІЈЅαονρτυικΑΒΕΖΗΙΚΜΝΟΡΤΥΧ‐‑‒–—−’‘ʼ",
@@ -116,12 +118,12 @@ def find_classes(train: "Table") -> Classes:
     if not len(train):
         raise DataError(f"{train.source} has no rows")
     names = set(_class_names(train.labels))
-    several = _find_several_labels(names)
+    several = [quoted(name) for name in sorted(_find_lists(names))]
     if several:
         raise DataError(
-            f"{train.source}: labels such as {list_some(several, 3, ' and ')} seem to name several "
-            f"classes of one text ({count(len(several), 'such label')}); multi-label data are not "
-            "supported: give each text one class, or write names of classes without this mark"
+            f"{train.source}: labels such as {list_some(several, 3, ', ')} seem to list several "
+            "classes of one text; multi-label data are not supported: give each text one class, or "
+            "write the names of classes without such marks"
         )
     are_integers = all(_WHOLE.fullmatch(name) for name in names)
     ordered = sorted(names, key=int if are_integers else str)
@@ -133,21 +135,33 @@ def find_classes(train: "Table") -> Classes:
     return Classes(tuple(ordered), train.source)
 
 
-def _find_several_labels(names: set[str]) -> list[str]:
-    """Labels that list classes: `['a', 'b']`, or `a|b` where other labels have `a` and `b` too."""
-    lists = [name for name in names if _LIST.fullmatch(name)]
-    parts_of = {
-        mark: {name: [p.strip() for p in name.strip("[]{}()").split(mark)] for name in names}
-        for mark in "|;,"
-    }
-    for split in parts_of.values():
-        labels_with = Counter(part for parts in split.values() for part in {*parts})
-        lists += [
+def _find_lists(names: set[str]) -> set[str]:
+    """Names that list classes: `['a', 'b']`, `[0 1 1]`, or `a|b` where there are `a` and `b` too.
+
+    What has a mark between its parts is a list if other names have each of these parts, one of them
+    alone or at another place: in `News|Sport`, `News|Art` and `Shop|Art` they tell levels apart.
+    Commas also stand in names and numbers: one such name is no list, and neither is `0,5`.
+    """
+    found = {name for name in names if _LIST.fullmatch(name)}
+    if all(_VECTOR.fullmatch(name) for name in names):
+        found |= names
+    for mark in "|;,":
+        if mark == "," and all(_DECIMAL.fullmatch(name) for name in names):
+            continue
+        split = {name: [part.strip() for part in name.split(mark)] for name in names}
+        places: dict[str, set[tuple[str, int]]] = {}
+        for name, parts in split.items():
+            for place, part in enumerate(parts):
+                places.setdefault(part, set()).add((name, place if parts[1:] else -1))
+        lists = {
             name
             for name, parts in split.items()
-            if len({*parts}) > 1 and all(part and labels_with[part] > 1 for part in parts)
-        ]
-    return [quoted(name) for name in sorted({*lists})]
+            if len({*parts}) > 1
+            and all(part and len(places[part]) > 1 for part in parts)
+            and any(len({place for _, place in places[part]}) > 1 for part in parts)
+        }
+        found |= lists if mark != "," or len(lists) > 1 else set()
+    return found
 
 
 def warn_of_twins(classes: Classes, train: "Table") -> None:

@@ -192,6 +192,11 @@ def _as_list(column: Any, name: str) -> list[Any] | tuple[Any, ...]:
         if any(map(_is_scalar_tensor, column)):
             return [_to_python(value) if _is_scalar_tensor(value) else value for value in column]
         return column
+    if getattr(column, "ndim", 1) > 1 and hasattr(column, "columns"):
+        raise DataError(
+            f"{name} has a {_kind(column)} of {len(column.columns)} columns where one is expected "
+            f"(multi-label data are not supported); {FORM}"
+        )
     if not _is_column(column):
         raise DataError(f"{name} has {shorten(column)} where a list is expected; {FORM}")
     return list(_to_python(column))

@@ -43,7 +43,7 @@ def check_vocabulary(tokenizer: "Tokenizer", vocab_size: int, folder: str | Path
     if beyond:
         index, token = beyond[-1]
         what = f"token {quoted(token)}" if token else "an empty line of vocab.txt (remove it)"
-        more = f"; {count(len(beyond) - 1, 'more token')} lie beyond that" if beyond[1:] else ""
+        more = f"; {count(len(beyond), 'token')} lie beyond that" if beyond[1:] else ""
         raise ModelError(
             f"the tokenizer of '{folder}' gives id {index} to {what}, but its config.json says "
             f"vocab_size {vocab_size}, so ids end at {vocab_size - 1}{more}"

@@ -13,9 +13,9 @@ it is. What would be left out in silence is refused by name: another class of to
 that is not followed, files that contradict each other.
 """
 
+import codecs
 import json
 from pathlib import Path
-from types import NoneType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ModelError
@@ -56,6 +56,11 @@ _SUPPORTED: dict[str, list[object]] = {
     "init_inputs": [[]],
     "fast_tokenizer_files": [[], ["tokenizer.json"]],
     "auto_map": [],
+    "trust_remote_code": [False],
+    "vocab": [],
+    "post_processor": [],
+    "tokenizer_truncation": [],
+    "tokenizer_padding": [],
 }
 _OTHER_TOKENIZERS = {
     "vocab.json": "RoBERTa's or GPT-2's",
@@ -81,6 +86,8 @@ class _Settings(NamedTuple):
     """Special tokens without a setting of their own."""
     added: "dict[int, AddedToken]"
     """Tokens by the ids that a file gives them."""
+    num_rows: int | None
+    """Word embeddings of the model, if config.json is there and says it."""
 
     def name_of(self, setting: str) -> str:
         """The special token of `setting`."""
@@ -99,8 +106,7 @@ def read_tokenizer(folder: Path) -> "Tokenizer":
     path, vocabulary_path = (folder / name for name in TOKENIZERS)
     in_file: dict[int, AddedToken] = {}
     if path.is_file():
-        stored = _read_stored(path)
-        in_file = stored.get_added_tokens_decoder()
+        stored, in_file = _read_stored(path)
         _refuse_contradictions(stored, settings, path)
         if settings.is_plain and stored.padding:  # transformers takes its token for the pad token
             pad_token = AddedToken(stored.padding["pad_token"], special=True)
@@ -125,6 +131,7 @@ def read_tokenizer(folder: Path) -> "Tokenizer":
     if added_path.exists():
         _check_ids(tokenizer, _read_added(added_path, set()), added_path)
     _check_ends(tokenizer, settings, path)
+    _refuse_twins(tokenizer, folder)
     return tokenizer
 
 
@@ -156,7 +163,8 @@ def count_capitals(tokenizer: "Tokenizer") -> int:
 def _read_settings(folder: Path) -> _Settings:
     path = folder / "tokenizer_config.json"
     values = read_object(path) if path.exists() else {}
-    is_plain = _is_plain(values, path, folder / CONFIG)
+    config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    is_plain = _is_plain(values, path, config, folder / CONFIG)
     _check_values(values, path)
     has_decoder = "added_tokens_decoder" in values
     map_path, added_path = folder / "special_tokens_map.json", folder / "added_tokens.json"
@@ -165,50 +173,70 @@ def _read_settings(folder: Path) -> _Settings:
         name: token | {"special": True} if isinstance(token, dict) else token
         for name, token in in_map.items()
     }
-    extra = _extra_tokens(values, in_map, path)
-    if isinstance(extra, dict):  # tokens with names of their own
-        said |= {f"{name}_token": token for name, token in extra.items()}
-        extra = []
-    named = {
-        name: _as_token(token, map_path if name in in_map else path, name)
-        for name, token in said.items()
-        if name.endswith("_token") and isinstance(token, (str, dict, NoneType))
-    }
+    extra, with_names = _extra_tokens(values, in_map, path)
+    named: dict[str, AddedToken | None] = {}
+    for name, token in (said | with_names).items():
+        is_setting = name.endswith("_token") or name in with_names
+        if token is None or not is_setting or isinstance(token, (bool, int, float)):
+            continue
+        where = map_path if name in in_map else path
+        if (
+            name not in SPECIAL_TOKENS
+            and name in values
+            and in_map.get(name, token) != values[name]
+        ):
+            raise ModelError(f"{where}: {name} is said otherwise in {path.name}; keep one of them")
+        is_read = name in SPECIAL_TOKENS or name in in_map or "__type" in token
+        if isinstance(token, dict) and not is_read:
+            raise ModelError(f"{where}: {name} is an object without __type, which is not read")
+        named[name] = _as_token(token, where, name)
+    named |= {name: None for name in SPECIAL_TOKENS if name in said and said[name] is None}
     for name in ("unk_token", "cls_token", "sep_token"):
         if name in named and named[name] is None:
             raise ModelError(f"{path}: {name} is null; BERT needs this token")
-    others = [_as_token(token, path, "extra_special_tokens") for token in extra]
-    special = [token for token in others if token is not None]
     added: dict[int, AddedToken] = {}
     if has_decoder:
         added = _read_decoder(values["added_tokens_decoder"], path)
     elif added_path.exists():
         # transformers looks for their names where they are plain strings, and not everywhere.
-        extra = [] if "additional_special_tokens" in in_map else extra
-        known = {token for token in (*said.values(), *extra) if isinstance(token, str)}
+        plain = [] if "additional_special_tokens" in in_map else extra
+        known = {token for token in (*said.values(), *plain) if isinstance(token, str)}
         known |= {token.content for name, token in named.items() if token and name in in_map}
         added = _read_added(added_path, known)
-    return _Settings(path, values, is_plain, named, special, added)
+    special = [_as_token(token, path, "extra_special_tokens") for token in extra]
+    num_rows = config.get("vocab_size")
+    num_rows = num_rows if isinstance(num_rows, int) else None
+    return _Settings(path, values, is_plain, named, special, added, num_rows)
 
 
-def _extra_tokens(values: dict[str, Any], in_map: dict[str, Any], path: Path) -> Any:
-    """Special tokens without a setting of their own: a list, or an object that names them."""
-    new, old = "extra_special_tokens", "additional_special_tokens"
-    found = [file[name] for file in (values, in_map) for name in (new, old) if name in file]
+def _extra_tokens(
+    values: dict[str, Any], in_map: dict[str, Any], path: Path
+) -> tuple[list[Any], dict[str, Any]]:
+    """Special tokens without a setting of their own: a list, and those with other names."""
+    settings = ("extra_special_tokens", "additional_special_tokens")
+    found = [file[name] for file in (values, in_map) for name in settings if name in file]
     found = [tokens or [] for tokens in found] or [[]]
-    if any(tokens != found[0] for tokens in found):
+    with_names = values.get("model_specific_special_tokens") or {}
+    if any(tokens != found[0] for tokens in found) or (with_names and isinstance(found[0], dict)):
         raise ModelError(
-            f"{path}: {new} and {old} are said twice, here or in special_tokens_map.json, and not "
-            "alike; keep one of them"
+            f"{path}: extra special tokens are said twice, here or in special_tokens_map.json, and "
+            "not alike; keep one of them"
         )
-    if not isinstance(found[0], (list, dict)):
-        raise ModelError(f"{path}: {new} is {shorten(found[0])}; expected a list or an object")
-    return found[0]
+    extra = found[0]
+    if isinstance(extra, dict):
+        extra, with_names = [], extra
+    if not isinstance(extra, list) or not isinstance(with_names, dict):
+        raise ModelError(f"{path}: {settings[0]} is {shorten(extra)}; expected a list or an object")
+    for name in with_names:
+        if name in SPECIAL_TOKENS or name in values or name in in_map:
+            raise ModelError(f"{path}: {quoted(name)} is said twice, as an extra special token too")
+    return extra, with_names
 
 
-def _is_plain(values: dict[str, Any], path: Path, config_path: Path) -> bool:
+def _is_plain(
+    values: dict[str, Any], path: Path, config: dict[str, Any], config_path: Path
+) -> bool:
     """Whether tokenizer.json is taken as it is. Raises ModelError for a class not BERT's."""
-    config = read_object(config_path) if config_path.is_file() else {}
     name = values.get("tokenizer_class")
     if name is None and config.get("tokenizer_class") is not None:
         name, path = config["tokenizer_class"], config_path
@@ -247,46 +275,43 @@ def _read_decoder(described: object, path: Path) -> "dict[int, AddedToken]":
         raise ModelError(f"{path}: added_tokens_decoder is {shorten(described)}, not an object")
     added = {}
     for index, token in described.items():
-        read = _as_token(token, path, f"added_tokens_decoder: {quoted(index)}")
-        if read is None or not index.isdecimal():
+        if not index.isdecimal():
             raise ModelError(f"{path}: added_tokens_decoder: {quoted(index)} is no id of a token")
-        added[int(index)] = read
+        added[int(index)] = _as_token(token, path, f"added_tokens_decoder: {quoted(index)}")
     return added
 
 
 def _read_added(path: Path, special: set[str]) -> "dict[int, AddedToken]":
     """special: those of these tokens that are special."""
-    from tokenizers import AddedToken
-
     added = {}
     for token, index in read_object(path).items():
         if not isinstance(index, int) or isinstance(index, bool):
             raise ModelError(f"{path}: {quoted(token)} has the id {shorten(index)}")
         is_special = token in special
-        added[index] = AddedToken(token, normalized=not is_special, special=is_special)
+        described = {"content": token, "normalized": not is_special, "special": is_special}
+        added[index] = _as_token(described, path, quoted(token))
     return added
 
 
-def _as_token(value: object, path: Path, name: str) -> "AddedToken | None":
-    """A token as a setting has it: null, its text, or an object that says how it is matched."""
+def _as_token(value: object, path: Path, name: str) -> "AddedToken":
+    """A token as a setting has it: its text, or an object that says how it is matched."""
     from tokenizers import AddedToken
 
-    if value is None:
-        return None
-    if isinstance(value, str):
-        return AddedToken(value, special=True)
-    fields = dict(value) if isinstance(value, dict) else {}
+    is_text = isinstance(value, str)
+    fields = {"content": value, "special": True} if is_text else value
+    fields = dict(fields) if isinstance(fields, dict) else {}
     fields.pop("__type", None)
     try:
         return AddedToken(fields.pop("content"), **fields)
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, UnicodeEncodeError):
         raise ModelError(
             f"{path}: {name} is {shorten(value)}; expected a token, or an object with content, "
             "lstrip, rstrip, single_word, normalized and special"
         ) from None
 
 
-def _read_stored(path: Path) -> "Tokenizer":
+def _read_stored(path: Path) -> "tuple[Tokenizer, dict[int, AddedToken]]":
+    """tokenizer.json, and its added tokens by the ids that it gives them."""
     from tokenizers import Tokenizer
 
     try:
@@ -296,17 +321,36 @@ def _read_stored(path: Path) -> "Tokenizer":
         raise ModelError(f"{path} is not a readable tokenizer: {error}") from error
     if _kind(tokenizer.model) != "WordPiece":
         raise ModelError(f"{path}: the model is {_kind(tokenizer.model)}; BERT's is WordPiece")
-    return tokenizer
+    by_id: dict[int, str] = {}
+    for token, index in tokenizer.get_vocab(with_added_tokens=False).items():
+        other = by_id.setdefault(index, token)
+        if other != token:
+            raise ModelError(f"{path}: id {index} is that of {quoted(other)} and {quoted(token)}")
+    added: dict[int, AddedToken] = {}
+    for entry in read_object(path).get("added_tokens", []):
+        index = entry.pop("id")
+        if index in added:
+            raise ModelError(f"{path}: two added tokens have id {index}")
+        added[index] = _as_token(entry, path, "added_tokens")
+    return tokenizer, added
 
 
 def _read_vocabulary(path: Path) -> dict[str, int]:
-    """A token a line, its id the line's number from 0; of equal lines the last one counts."""
+    """A token a line without white space at its end, the line's number from 0 as its id.
+
+    Of equal lines the last one counts.
+    """
+    from tokenizers.models import WordPiece
+
     check_no_pointer(path)
+    with path.open("rb") as file:
+        if file.read(3) == codecs.BOM_UTF8:
+            raise ModelError(f"{path} begins with a byte order mark, which is no token; remove it")
     try:
-        with path.open(encoding="utf-8") as file:
-            return {line.rstrip("\n"): index for index, line in enumerate(file)}
-    except UnicodeDecodeError:
-        raise ModelError(f"{path} is not valid UTF-8") from None
+        vocabulary: dict[str, int] = WordPiece.read_file(str(path))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ModelError(f"{path} is not a readable vocabulary: {error}") from None
+    return vocabulary
 
 
 def _kind(part: object) -> str:
@@ -385,8 +429,8 @@ def _add_tokens(
 ) -> None:
     """Added tokens by their ids, then special ones, as transformers does; new ones get new ids.
 
-    in_file: added tokens of tokenizer.json. Of the special tokens that BERT has by default, those
-    count that are in the vocabulary. (transformers appends the others, with ids beyond the model.)
+    in_file: added tokens of tokenizer.json. A special token that BERT has by default, no file
+    names and the vocabulary lacks is added as well, but for those that the model has no row for.
     """
     from tokenizers import AddedToken
 
@@ -394,25 +438,40 @@ def _add_tokens(
     if "added_tokens_decoder" not in settings.values:
         added = added | in_file
     tokens = [token for _, token in sorted(added.items(), key=lambda item: item[0])]
-    named = []
-    for setting in {**SPECIAL_TOKENS, **settings.named}:
-        token, default = settings.named.get(setting), SPECIAL_TOKENS.get(setting)
-        if token is not None:
-            named.append(token)
-        elif (
-            default
-            and setting not in settings.named
-            and not settings.is_plain
-            and tokenizer.token_to_id(default) is not None
-        ):
-            named.append(AddedToken(default, special=True))
-    names = {token.content for token in named}
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     known |= {token.content for token in tokens}
-    tokens += [token for token in (*named, *settings.extra) if token.content not in known]
+    names = {token.content for token in settings.named.values() if token is not None}
+    for setting in {**SPECIAL_TOKENS, **settings.named}:
+        token, default = settings.named.get(setting), SPECIAL_TOKENS.get(setting)
+        if default and setting not in settings.named and not settings.is_plain:
+            names.add(default)
+            is_new = tokenizer.token_to_id(default) is None
+            num_new = sum(tokenizer.token_to_id(t.content) is None for t in tokens)
+            next_id = tokenizer.get_vocab_size() + num_new
+            if not is_new or settings.num_rows is None or next_id < settings.num_rows:
+                token = AddedToken(default, special=True)
+        if token is not None and token.content not in known:
+            known.add(token.content)
+            tokens.append(token)
+    tokens += [token for token in settings.extra if token.content not in known]
     for token in tokens:
         token.special = token.special or token.content in names
     tokenizer.add_tokens(tokens)
+
+
+def _refuse_twins(tokenizer: "Tokenizer", folder: Path) -> None:
+    """Raise ModelError when two added tokens are equal once normalised: chance would decide."""
+    normalize = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
+    seen: dict[str, str] = {}
+    for token in tokenizer.get_added_tokens_decoder().values():
+        if token.normalized:
+            other = seen.setdefault(normalize(token.content), token.content)
+            if other != token.content:
+                raise ModelError(
+                    f"the tokenizer of '{folder}' cannot tell its added tokens {quoted(other)} and "
+                    f"{quoted(token.content)} apart, which are the same to its normalizer; remove "
+                    "one of them"
+                )
 
 
 def _put_ends(tokenizer: "Tokenizer", settings: _Settings, path: Path) -> None:

@@ -150,6 +150,7 @@ def from_stored(stored: Mapping[str, Tensor], config: BertConfig, folder: str) -
         shapes = {name: p.shape for name, p in BertClassifier(config, 2).bert.named_parameters()}
     tensors: dict[str, Tensor] = {}
     used: set[str] = set()
+    broken: list[str] = []
     has_pooler = "pooler.dense.weight" in by_name
     for ours, theirs in tensor_names(config.num_hidden_layers):
         missing = [name for name in theirs if name not in by_name]
@@ -166,22 +167,24 @@ def from_stored(stored: Mapping[str, Tensor], config: BertConfig, folder: str) -
                 )
             if by_name[name].dtype not in DTYPES:
                 raise ModelError(
-                    f"{source}: '{name}' is {by_name[name].dtype}; expected fp32, "
-                    "fp64, fp16 or bf16"
+                    f"{source}: '{name}' is {by_name[name].dtype}; expected fp32, fp64, fp16 or "
+                    "bf16"
                 )
-        tensors[ours] = torch.cat([by_name[name].to(torch.float32) for name in theirs])
+        parts = [by_name[name].to(torch.float32) for name in theirs]
+        tensors[ours] = torch.cat(parts)
         used.update(theirs)
+        if not torch.isfinite(tensors[ours]).all():
+            broken += [n for n, p in zip(theirs, parts, strict=True) if not p.isfinite().all()]
     if not has_pooler:
         warnings.warn(
             f"'{folder}' has no pooler: it starts from random weights",
             TwoStageWarning,
             stacklevel=3,
         )
-    broken = sorted(name for name in used if not torch.isfinite(by_name[name]).all())
     if broken:
         warnings.warn(
             f"{source} are infinite or not a number in places, and so will be what they compute: "
-            f"{_shorten(broken)}",
+            f"{_shorten(sorted(broken))}",
             TwoStageWarning,
             stacklevel=3,
         )
