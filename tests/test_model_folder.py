@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from twostage.assets.hub import find_model
 from twostage.cli import main
 from twostage.data.packing import TokenStore, pack
-from twostage.errors import ModelError
+from twostage.errors import ModelError, TwoStageWarning
 from twostage.model.checkpoint import build_model, load_checkpoint
 from twostage.model_folder import INDEX, WEIGHTS, check_folder
 from twostage.saved_model import load_model
@@ -97,6 +97,14 @@ def test_every_float_loads_as_fp32(tiny: Path, dtype: torch.dtype) -> None:
     assert_equal(tensors_of(tiny), {name: t.to(dtype).float() for name, t in exact.items()})
 
 
+def test_fp64_beyond_fp32_is_noted(tiny: Path) -> None:
+    stored = {name: tensor.double() for name, tensor in load_file(tiny / WEIGHTS).items()}
+    stored["encoder.layer.1.attention.self.key.bias"][0] = 1e60
+    save_file(stored, tiny / WEIGHTS)
+    with pytest.warns(TwoStageWarning, match=r"infinite.*: encoder\.layer\.1.*key\.bias$"):
+        load_checkpoint(tiny)
+
+
 @pytest.mark.parametrize(
     "name",
     ["gelu", "gelu_python", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_pytorch_tanh", "relu"],
@@ -160,6 +168,25 @@ def shards_of_pickles(folder: Path) -> None:
     (folder / "pytorch_model.bin.index.json").touch()
 
 
+def lfs_pickle(folder: Path) -> None:
+    (folder / WEIGHTS).unlink()
+    (folder / "pytorch_model.bin").write_text(POINTER)
+
+
+def exported(folder: Path) -> None:
+    (folder / "onnx").mkdir()
+    (folder / WEIGHTS).rename(folder / "onnx" / "model.onnx")
+
+
+def shard_alone(folder: Path) -> None:
+    shard(folder)
+    (folder / INDEX).unlink()
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
 def other_name(folder: Path) -> None:
     (folder / WEIGHTS).rename(folder / "bert.safetensors")
 
@@ -170,6 +197,10 @@ def one_level_up(folder: Path) -> None:
 
 def two_levels_up(folder: Path) -> None:
     into_folder(folder, folder / "snapshots" / "0123")
+
+
+def cache_root(folder: Path) -> None:
+    into_folder(folder, folder / "models--ann--tiny" / "snapshots" / "0123")
 
 
 def into_folder(folder: Path, target: Path) -> None:
@@ -232,9 +263,14 @@ WRONG: list[tuple[Callable[[Path], None], str]] = [
     (onnx, r"model\.onnx holds weights for ONNX"),
     (pickle, r"pytorch_model\.bin can run code.*`cd /.* && python3 -m venv .*torch\.load"),
     (shards_of_pickles, "pytorch_model.bin can run code"),
+    (lfs_pickle, r"pytorch_model\.bin is a Git LFS pointer"),
+    (exported, r"model\.onnx holds weights for ONNX"),
+    (shard_alone, r"model-00001-of-00003\.safetensors is one of several files.*index.*missing"),
+    (no_config, r"/config\.json does not exist; give one that holds"),
     (other_name, r"there is bert\.safetensors: rename"),
     (one_level_up, r"the model is in a folder below: give '.*/tiny/checkpoint-500'$"),
     (two_levels_up, r"the model is in a folder below: give '.*/tiny/snapshots/0123'$"),
+    (cache_root, r"give '.*/tiny/models--ann--tiny/snapshots/0123'$"),
     (nothing, r"model\.safetensors does not exist; give one that holds config\.json"),
     (no_tokenizer, r"has neither tokenizer\.json nor vocab\.txt"),
     (distilbert, "model_type is 'distilbert'; supported: 'bert'"),
@@ -321,7 +357,8 @@ def test_the_command_that_converts_a_pickle_makes_a_folder_that_loads(tiny: Path
     (tiny / WEIGHTS).unlink()
     names = sorted(stored)
     torch.save({name: stored[name] for name in names[::2]}, tiny / "pytorch_model-00001.bin")
-    torch.save({name: stored[name] for name in names[1::2]}, tiny / "pytorch_model.bin")
+    whole = {"state_dict": {name: stored[name] for name in names[1::2]}, "epoch": 3}
+    torch.save(whole, tiny / "pytorch_model.bin")
     with pytest.raises(ModelError) as caught:
         load_checkpoint(tiny)
     (command,) = re.findall(r'/python -c ("[^"]*")`', str(caught.value))

@@ -87,6 +87,25 @@ def changed(change: Callable[[tokenizers.Tokenizer], object]) -> tokenizers.Toke
     return tokenizer
 
 
+def rewritten(change: Callable[[Any], object]) -> tokenizers.Tokenizer:
+    """A tokenizer.json that was written by hand."""
+
+    class Written:
+        def save(self, path: str) -> None:
+            described = json.loads(make_tokenizer().to_str())
+            change(described)
+            Path(path).write_text(json.dumps(described))
+
+    return Written()  # type: ignore[return-value]
+
+
+def add(*tokens: tuple[int, str]) -> Callable[[Any], None]:
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
+    return lambda described: described["added_tokens"].extend(
+        {"id": index, "content": token, "normalized": True, **flags} for index, token in tokens
+    )
+
+
 def bake_in(tokenizer: tokenizers.Tokenizer) -> None:
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=4)
@@ -142,6 +161,7 @@ HONOURED: dict[str, tuple[Settings | None, dict[str, Any]]] = {
         {},
     ),
     "empty decoder": ({"added_tokens_decoder": {}}, {}),
+    "model's own": ({"model_specific_special_tokens": {"ent_token": "<ent>"}}, {}),
     "added": (None, {"added_tokens": {"covid19": 91, "<url>": 92}}),
     "added out of order": (None, {"added_tokens": {"<url>": 92, "covid19": 91}}),
     "added and special": (
@@ -181,6 +201,10 @@ HONOURED: dict[str, tuple[Settings | None, dict[str, Any]]] = {
             "tokenizer": changed(lambda t: t.add_tokens(["covid19"])),
             "added_tokens": {"covid19": 91, "<url>": 92},
         },
+    ),
+    "tokenizer.json, added backwards": (
+        None,
+        {"tokenizer": rewritten(add((92, "covid19"), (91, "<url>")))},
     ),
     "tokenizer.json, padded and cut": (
         None,
@@ -335,6 +359,40 @@ REFUSED: dict[str, tuple[Settings | None, dict[str, Any], str]] = {
         {"tokenizer": changed(lambda t: setattr(t.model, "continuing_subword_prefix", "@@"))},
         "continuing_subword_prefix is @@",
     ),
+    "two words with one id": (
+        None,
+        {"tokenizer": rewritten(lambda t: t["model"]["vocab"].update(fun=7))},
+        r"tokenizer\.json: id 7 is that of '(fun|good)' and '(fun|good)'",
+    ),
+    "two added tokens with one id": (
+        None,
+        {"tokenizer": rewritten(add((91, "covid19"), (91, "<url>")))},
+        "two added tokens have id 91",
+    ),
+    "added with a taken id": (
+        None,
+        {"tokenizer": rewritten(add((91, "covid19"), (20, "<url>")))},
+        r"'(<url>|covid19)' has id (20|91), but by the other files it has id 9",
+    ),
+    "added that are one in small letters": (
+        None,
+        {"tokenizer": changed(lambda t: t.add_tokens(["covid19", "COVID19"]))},
+        "cannot tell its added tokens '(covid|COVID)19' and '(covid|COVID)19' apart",
+    ),
+    "named twice": (
+        {"extra_special_tokens": {"sep_token": "good"}},
+        {},
+        "'sep_token' is said twice",
+    ),
+    "named otherwise in the map": (
+        {"ent_token": "<ent>"},
+        {"special_tokens_map": {"ent_token": "<url>"}},
+        r"special_tokens_map\.json: ent_token is said otherwise",
+    ),
+    "object of no type": ({"ent_token": {"content": "<ent>"}}, {}, "without __type"),
+    "half a character": ({"extra_special_tokens": ["\ud83d"]}, {}, r"'\\ud83d'; expected a token"),
+    "half a character, added": (None, {"added_tokens": {"\ud83d": 91}}, "expected a token"),
+    "remote code": ({"trust_remote_code": True}, {}, "trust_remote_code is True"),
     "no ends": (
         None,
         {
@@ -469,6 +527,46 @@ def test_tokens_twice_in_vocab_txt_leave_the_last_id_the_greatest(tmp_path: Path
     assert ours(folder, 128) == theirs(folder, 128)
     with pytest.raises(ModelError, match=rf"id {len(SMALL) + 1} to token 'bad'"):
         check_vocabulary(load_tokenizer(folder), len(SMALL), folder)
+
+
+@pytest.mark.parametrize("end", ["\n", " \n", "\t \n", "\r\n", "\u2028\n", "\x85\n"])
+def test_white_space_at_line_ends_of_vocab_txt_is_dropped(tmp_path: Path, end: str) -> None:
+    folder = make_folder(tmp_path / "m")
+    vocabulary = [*VOCABULARY, "fi\rlm", " led", ""]
+    (folder / "vocab.txt").write_text(end.join(vocabulary), encoding="utf-8", newline="")
+    assert ours(folder, 128) == theirs(folder, 128)
+    assert load_tokenizer(folder).token_to_id(" led") == len(VOCABULARY) + 1
+
+
+@pytest.mark.parametrize("end", ["\r", "\x1c\n"])
+def test_other_line_ends_of_vocab_txt_are_part_of_tokens(tmp_path: Path, end: str) -> None:
+    folder = make_folder(tmp_path / "m")
+    (folder / "vocab.txt").write_text(end.join(VOCABULARY), encoding="utf-8", newline="")
+    with pytest.raises(ModelError, match="lacks"):
+        load_tokenizer(folder)
+    with pytest.raises(Exception, match=r"Missing \[UNK\]"):
+        theirs(folder, 128)
+
+
+def test_a_byte_order_mark_in_vocab_txt_is_named(tmp_path: Path) -> None:
+    folder = make_folder(tmp_path / "m")
+    (folder / "vocab.txt").write_text("\n".join(VOCABULARY), encoding="utf-8-sig")
+    with pytest.raises(ModelError, match=r"begins with a byte order mark.*remove it"):
+        load_tokenizer(folder)
+
+
+@pytest.mark.parametrize(("num_rows", "is_added"), [(None, True), (91, True), (90, False)])
+def test_a_special_token_that_the_vocabulary_lacks_is_added_if_there_is_room(
+    tmp_path: Path, num_rows: int | None, is_added: bool
+) -> None:
+    """Without room transformers gives it an id that the model does not have."""
+    config = {} if num_rows is None else {"vocab_size": num_rows}
+    folder = make_folder(tmp_path / "m", config=config)
+    vocabulary = [token for token in VOCABULARY if token != "[MASK]"]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary), encoding="utf-8")
+    assert (ours(folder, 128) == theirs(folder, 128)) == is_added
+    assert (load_tokenizer(folder).token_to_id("[MASK]") == 90) == is_added
+    check_vocabulary(load_tokenizer(folder), num_rows or 91, folder)
 
 
 def test_an_empty_last_line_of_vocab_txt_is_named(tmp_path: Path) -> None:
