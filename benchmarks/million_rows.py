@@ -159,8 +159,8 @@ def describe(record: dict[str, Any]) -> str:
         if "error" in row:
             lines.append([*first, f"failed: {row['error']}", *[""] * 5])
             continue
-        names = ("file_mib", "read_seconds", "tokenize_seconds", "facts_seconds", "held_mib")
-        names += ("peak_mib", "tokens")
+        names = ["file_mib", "read_seconds", "tokenize_seconds", "facts_seconds", "held_mib"]
+        names += ["peak_mib", "tokens"]
         lines.append([*first, *(f"{row[name]:,}" if name in row else "" for name in names)])
     header = ["run", "rows", "file MiB", "read s", "tokenise s", "facts s"]
     header += ["held MiB", "peak MiB", "tokens"]
