@@ -1,66 +1,41 @@
 """The tokenizer of a model folder: BERT's word pieces, with all that its files say of token ids.
 
-    tokenizer.json or vocab.txt   the vocabulary
-    tokenizer_config.json         the class; lower case, accents, Chinese characters; the names of
-                                  special tokens; `added_tokens_decoder`; `split_special_tokens`
-    special_tokens_map.json       names of special tokens    read where tokenizer_config.json
-    added_tokens.json             more tokens, with ids      has no `added_tokens_decoder`
+The vocabulary is in tokenizer.json or vocab.txt; `tokenizer_settings.py` reads the other files. Ids
+equal those that transformers gives for the same files:
 
-Ids equal those that transformers gives for the same files. Its `BertTokenizer` takes vocabulary and
-added tokens from tokenizer.json, all else from the settings and their defaults (lower case, for
-example, without any tokenizer_config.json). Its `PreTrainedTokenizerFast` takes tokenizer.json as
-it is. What would be left out in silence is refused by name: another class of tokenizer, a setting
-that is not followed, files that contradict each other.
+- `BertTokenizer`, the usual class, takes vocabulary and added tokens from tokenizer.json and
+  everything else from the settings and their defaults. (Without tokenizer_config.json it
+  lower-cases.)
+- `PreTrainedTokenizerFast` takes tokenizer.json as it is.
+
+Files that contradict each other are refused by name.
 """
 
 import codecs
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
 
 from ..errors import ModelError
-from ..model_folder import CONFIG, SAVED_MODEL_TYPE, TOKENIZERS, check_no_pointer, read_object
-from ..printing import quoted, shorten
+from ..model_folder import TOKENIZERS, check_no_pointer, read_object
+from ..printing import quoted
+from .tokenizer_settings import (
+    PLAIN_CLASSES,
+    SPECIAL_TOKENS,
+    TokenizerSettings,
+    read_settings,
+    read_token,
+)
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken, Tokenizer
-
-BERT_CLASSES = ("BertTokenizer", "DistilBertTokenizer")
-"""Classes of transformers that build BERT's tokenizer around a vocabulary."""
-PLAIN_CLASSES = ("PreTrainedTokenizerFast", "TokenizersBackend")
-"""Classes of transformers that take tokenizer.json as it is."""
-SPECIAL_TOKENS = {
-    "bos_token": None,
-    "eos_token": None,
-    "unk_token": "[UNK]",
-    "sep_token": "[SEP]",
-    "pad_token": "[PAD]",
-    "cls_token": "[CLS]",
-    "mask_token": "[MASK]",
-}
-"""Settings that name special tokens, with BERT's defaults, in the order that numbers them."""
+    from tokenizers.models import WordPiece
 
 # Options of tokenizer.json's normalizer: the setting that decides, and what it changes.
 _OPTIONS = {
     "lowercase": ("do_lower_case", "A", "a"),
     "strip_accents": ("strip_accents", "é", "e"),
     "handle_chinese_chars": ("tokenize_chinese_chars", "漢", " 漢 "),
-}
-# Settings that would change ids, and the values that they may have besides null.
-_SUPPORTED: dict[str, list[object]] = {
-    "do_basic_tokenize": [True],
-    "never_split": [[]],
-    "clean_text": [True],
-    "wordpieces_prefix": ["##"],
-    "truncation_side": ["right"],
-    "init_inputs": [[]],
-    "fast_tokenizer_files": [[], ["tokenizer.json"]],
-    "auto_map": [],
-    "trust_remote_code": [False],
-    "vocab": [],
-    "post_processor": [],
-    "tokenizer_truncation": [],
-    "tokenizer_padding": [],
 }
 _OTHER_TOKENIZERS = {
     "vocab.json": "RoBERTa's or GPT-2's",
@@ -71,67 +46,45 @@ _OTHER_TOKENIZERS = {
 }
 
 
-class _Settings(NamedTuple):
-    """What the files beside the vocabulary say."""
-
-    path: Path
-    """tokenizer_config.json, which need not exist."""
-    values: dict[str, Any]
-    """Of tokenizer_config.json."""
-    is_plain: bool
-    """Whether tokenizer.json is taken as it is."""
-    named: "dict[str, AddedToken | None]"
-    """Special tokens by their settings, as far as a file names them; None: there is none."""
-    extra: "list[AddedToken]"
-    """Special tokens without a setting of their own."""
-    added: "dict[int, AddedToken]"
-    """Tokens by the ids that a file gives them."""
-    num_rows: int | None
-    """Word embeddings of the model, if config.json is there and says it."""
-
-    def name_of(self, setting: str) -> str:
-        """The special token of `setting`."""
-        token = self.named.get(setting)
-        return str(SPECIAL_TOKENS[setting] if token is None else token.content)
-
-
 def read_tokenizer(folder: Path) -> "Tokenizer":
     """The tokenizer of a model folder, without truncation and padding.
 
-    Raises ModelError, naming the file and the setting, for what is not BERT's or not honoured.
+    Raises ModelError, naming the file and the setting, for what is not BERT's or not followed.
     """
-    from tokenizers import AddedToken, models
+    from tokenizers import models
 
-    settings = _read_settings(folder)
+    settings = read_settings(folder)
     path, vocabulary_path = (folder / name for name in TOKENIZERS)
     in_file: dict[int, AddedToken] = {}
+    pad_token: str | None = None
     if path.is_file():
         stored, in_file = _read_stored(path)
-        _refuse_contradictions(stored, settings, path)
-        if settings.is_plain and stored.padding:  # transformers takes its token for the pad token
-            pad_token = AddedToken(stored.padding["pad_token"], special=True)
-            settings.named.setdefault("pad_token", pad_token)
-        tokenizer = stored if settings.is_plain else _build(stored.model, settings)
+        if settings.is_plain:
+            _check_against_text_settings(stored, settings, path)
+            # transformers takes the padding's token for the pad token.
+            pad_token = stored.padding["pad_token"] if stored.padding else None
+            tokenizer = stored
+        else:
+            _check_is_bert(stored, settings, path)
+            tokenizer = _build(stored.model, settings)
     elif vocabulary_path.is_file():
         path, vocabulary = vocabulary_path, _read_vocabulary(vocabulary_path)
         unknown = settings.name_of("unk_token")
         tokenizer = _build(models.WordPiece(vocabulary, unk_token=unknown), settings)
     else:
         raise ModelError(_explain_missing(folder))
-    _add_tokens(tokenizer, settings, in_file)
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    _add_tokens(tokenizer, settings, in_file, pad_token)
     if not settings.is_plain:
         _put_ends(tokenizer, settings, path)
     tokenizer.encode_special_tokens = settings.values.get("split_special_tokens", False)
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
     _check_ids(tokenizer, in_file, path)
-    if "added_tokens_decoder" in settings.values:
+    if settings.has_decoder:
         _check_ids(tokenizer, settings.added, settings.path)
-    added_path = folder / "added_tokens.json"
-    if added_path.exists():
-        _check_ids(tokenizer, _read_added(added_path, set()), added_path)
+    _check_ids(tokenizer, settings.listed, folder / "added_tokens.json")
     _check_ends(tokenizer, settings, path)
-    _refuse_twins(tokenizer, folder)
+    _check_twins(tokenizer, folder)
     return tokenizer
 
 
@@ -160,156 +113,6 @@ def count_capitals(tokenizer: "Tokenizer") -> int:
     )
 
 
-def _read_settings(folder: Path) -> _Settings:
-    path = folder / "tokenizer_config.json"
-    values = read_object(path) if path.exists() else {}
-    config = read_object(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    is_plain = _is_plain(values, path, config, folder / CONFIG)
-    _check_values(values, path)
-    has_decoder = "added_tokens_decoder" in values
-    map_path, added_path = folder / "special_tokens_map.json", folder / "added_tokens.json"
-    in_map = read_object(map_path) if map_path.exists() and not has_decoder else {}
-    said = values | {
-        name: token | {"special": True} if isinstance(token, dict) else token
-        for name, token in in_map.items()
-    }
-    extra, with_names = _extra_tokens(values, in_map, path)
-    named: dict[str, AddedToken | None] = {}
-    for name, token in (said | with_names).items():
-        is_setting = name.endswith("_token") or name in with_names
-        if token is None or not is_setting or isinstance(token, (bool, int, float)):
-            continue
-        where = map_path if name in in_map else path
-        if (
-            name not in SPECIAL_TOKENS
-            and name in values
-            and in_map.get(name, token) != values[name]
-        ):
-            raise ModelError(f"{where}: {name} is said otherwise in {path.name}; keep one of them")
-        is_read = name in SPECIAL_TOKENS or name in in_map or "__type" in token
-        if isinstance(token, dict) and not is_read:
-            raise ModelError(f"{where}: {name} is an object without __type, which is not read")
-        named[name] = _as_token(token, where, name)
-    named |= {name: None for name in SPECIAL_TOKENS if name in said and said[name] is None}
-    for name in ("unk_token", "cls_token", "sep_token"):
-        if name in named and named[name] is None:
-            raise ModelError(f"{path}: {name} is null; BERT needs this token")
-    added: dict[int, AddedToken] = {}
-    if has_decoder:
-        added = _read_decoder(values["added_tokens_decoder"], path)
-    elif added_path.exists():
-        # transformers looks for their names where they are plain strings, and not everywhere.
-        plain = [] if "additional_special_tokens" in in_map else extra
-        known = {token for token in (*said.values(), *plain) if isinstance(token, str)}
-        known |= {token.content for name, token in named.items() if token and name in in_map}
-        added = _read_added(added_path, known)
-    special = [_as_token(token, path, "extra_special_tokens") for token in extra]
-    num_rows = config.get("vocab_size")
-    num_rows = num_rows if isinstance(num_rows, int) else None
-    return _Settings(path, values, is_plain, named, special, added, num_rows)
-
-
-def _extra_tokens(
-    values: dict[str, Any], in_map: dict[str, Any], path: Path
-) -> tuple[list[Any], dict[str, Any]]:
-    """Special tokens without a setting of their own: a list, and those with other names."""
-    settings = ("extra_special_tokens", "additional_special_tokens")
-    found = [file[name] for file in (values, in_map) for name in settings if name in file]
-    found = [tokens or [] for tokens in found] or [[]]
-    with_names = values.get("model_specific_special_tokens") or {}
-    if any(tokens != found[0] for tokens in found) or (with_names and isinstance(found[0], dict)):
-        raise ModelError(
-            f"{path}: extra special tokens are said twice, here or in special_tokens_map.json, and "
-            "not alike; keep one of them"
-        )
-    extra = found[0]
-    if isinstance(extra, dict):
-        extra, with_names = [], extra
-    if not isinstance(extra, list) or not isinstance(with_names, dict):
-        raise ModelError(f"{path}: {settings[0]} is {shorten(extra)}; expected a list or an object")
-    for name in with_names:
-        if name in SPECIAL_TOKENS or name in values or name in in_map:
-            raise ModelError(f"{path}: {quoted(name)} is said twice, as an extra special token too")
-    return extra, with_names
-
-
-def _is_plain(
-    values: dict[str, Any], path: Path, config: dict[str, Any], config_path: Path
-) -> bool:
-    """Whether tokenizer.json is taken as it is. Raises ModelError for a class not BERT's."""
-    name = values.get("tokenizer_class")
-    if name is None and config.get("tokenizer_class") is not None:
-        name, path = config["tokenizer_class"], config_path
-    if name is None:
-        return not path.exists() and config.get("model_type") == SAVED_MODEL_TYPE
-    if not isinstance(name, str) or name.removesuffix("Fast") not in (
-        *BERT_CLASSES,
-        *(plain.removesuffix("Fast") for plain in PLAIN_CLASSES),
-    ):
-        raise ModelError(
-            f"{path}: tokenizer_class is {shorten(name)}; expected BERT's word pieces, by "
-            f"{', '.join(BERT_CLASSES)} or {PLAIN_CLASSES[0]}"
-        )
-    return name.removesuffix("Fast") not in BERT_CLASSES
-
-
-def _check_values(values: dict[str, Any], path: Path) -> None:
-    """Raise ModelError for settings of the wrong type, and for those that are not honoured."""
-    for name in (*(setting for setting, _, _ in _OPTIONS.values()), "split_special_tokens"):
-        value = values.get(name, False)
-        if not isinstance(value, bool) and (value is not None or name != "strip_accents"):
-            raise ModelError(
-                f"{path}: {name} is {shorten(value)}, of the wrong type; expected true or false"
-            )
-    for name, supported in _SUPPORTED.items():
-        value = values.get(name)
-        if value is not None and value not in supported:
-            expected = " or ".join(map(json.dumps, supported)) or "none"
-            raise ModelError(
-                f"{path}: {name} is {shorten(value)}, which is not supported; expected {expected}"
-            )
-
-
-def _read_decoder(described: object, path: Path) -> "dict[int, AddedToken]":
-    if not isinstance(described, dict):
-        raise ModelError(f"{path}: added_tokens_decoder is {shorten(described)}, not an object")
-    added = {}
-    for index, token in described.items():
-        if not index.isdecimal():
-            raise ModelError(f"{path}: added_tokens_decoder: {quoted(index)} is no id of a token")
-        added[int(index)] = _as_token(token, path, f"added_tokens_decoder: {quoted(index)}")
-    return added
-
-
-def _read_added(path: Path, special: set[str]) -> "dict[int, AddedToken]":
-    """special: those of these tokens that are special."""
-    added = {}
-    for token, index in read_object(path).items():
-        if not isinstance(index, int) or isinstance(index, bool):
-            raise ModelError(f"{path}: {quoted(token)} has the id {shorten(index)}")
-        is_special = token in special
-        described = {"content": token, "normalized": not is_special, "special": is_special}
-        added[index] = _as_token(described, path, quoted(token))
-    return added
-
-
-def _as_token(value: object, path: Path, name: str) -> "AddedToken":
-    """A token as a setting has it: its text, or an object that says how it is matched."""
-    from tokenizers import AddedToken
-
-    is_text = isinstance(value, str)
-    fields = {"content": value, "special": True} if is_text else value
-    fields = dict(fields) if isinstance(fields, dict) else {}
-    fields.pop("__type", None)
-    try:
-        return AddedToken(fields.pop("content"), **fields)
-    except (KeyError, TypeError, UnicodeEncodeError):
-        raise ModelError(
-            f"{path}: {name} is {shorten(value)}; expected a token, or an object with content, "
-            "lstrip, rstrip, single_word, normalized and special"
-        ) from None
-
-
 def _read_stored(path: Path) -> "tuple[Tokenizer, dict[int, AddedToken]]":
     """tokenizer.json, and its added tokens by the ids that it gives them."""
     from tokenizers import Tokenizer
@@ -327,11 +130,12 @@ def _read_stored(path: Path) -> "tuple[Tokenizer, dict[int, AddedToken]]":
         if other != token:
             raise ModelError(f"{path}: id {index} is that of {quoted(other)} and {quoted(token)}")
     added: dict[int, AddedToken] = {}
+    # Once loaded, they have other ids where the file's are taken or leave gaps.
     for entry in read_object(path).get("added_tokens", []):
         index = entry.pop("id")
         if index in added:
             raise ModelError(f"{path}: two added tokens have id {index}")
-        added[index] = _as_token(entry, path, "added_tokens")
+        added[index] = read_token(entry, path, "added_tokens")
     return tokenizer, added
 
 
@@ -343,39 +147,38 @@ def _read_vocabulary(path: Path) -> dict[str, int]:
     from tokenizers.models import WordPiece
 
     check_no_pointer(path)
-    with path.open("rb") as file:
-        if file.read(3) == codecs.BOM_UTF8:
-            raise ModelError(f"{path} begins with a byte order mark, which is no token; remove it")
     try:
+        with path.open("rb") as file:
+            has_mark = file.read(3) == codecs.BOM_UTF8
         vocabulary: dict[str, int] = WordPiece.read_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
         raise ModelError(f"{path} is not a readable vocabulary: {error}") from None
+    if has_mark:
+        raise ModelError(f"{path} begins with a byte order mark, which is no token; remove it")
     return vocabulary
 
 
-def _kind(part: object) -> str:
-    return "none" if part is None else type(part).__name__
+def _check_against_text_settings(
+    stored: "Tokenizer", settings: TokenizerSettings, path: Path
+) -> None:
+    """Raise ModelError where tokenizer.json, taken as it is, does not do what a setting says."""
+    _check_truncation(stored, settings, path)
+    normalize = stored.normalizer.normalize_str if stored.normalizer else str
+    for setting, before, after in _OPTIONS.values():
+        said = settings.values.get(setting)
+        if said is not None and said != (normalize(before) == after):
+            raise ModelError(
+                f"{settings.path}: {setting} is {json.dumps(said)}, but {path.name} does "
+                "otherwise, and this tokenizer_class takes that as it is; make them agree"
+            )
 
 
-def _refuse_contradictions(stored: "Tokenizer", settings: _Settings, path: Path) -> None:
-    """Raise ModelError where tokenizer.json says what the settings leave out, or the reverse."""
-    values = settings.values
-    side = stored.truncation["direction"] if stored.truncation else "right"
-    if values.get("truncation_side") is None and side != "right":
-        raise ModelError(f"{path}: truncation on the {side} is not supported; expected right")
-    if settings.is_plain:
-        normalize = stored.normalizer.normalize_str if stored.normalizer else str
-        for setting, before, after in _OPTIONS.values():
-            said = values.get(setting)
-            if said is not None and said != (normalize(before) == after):
-                raise ModelError(
-                    f"{settings.path}: {setting} is {json.dumps(said)}, but {path.name} does "
-                    "otherwise, and this tokenizer_class takes that as it is; make them agree"
-                )
-        return
-    ends = [settings.name_of("cls_token"), settings.name_of("sep_token")]
+def _check_is_bert(stored: "Tokenizer", settings: TokenizerSettings, path: Path) -> None:
+    """Raise ModelError where tokenizer.json says what BertTokenizer would leave out."""
+    _check_truncation(stored, settings, path)
     stored.no_truncation()
     stored.no_padding()
+    ends = [settings.name_of("cls_token"), settings.name_of("sep_token")]
     if stored.encode("").tokens != ends:
         raise ModelError(
             f"{path}: the post_processor does not put {ends[0]} and {ends[1]} around a text"
@@ -394,12 +197,17 @@ def _refuse_contradictions(stored: "Tokenizer", settings: _Settings, path: Path)
                 f"{path}: {name} is {found}, but that of BertTokenizer {expected}; if it is "
                 f'meant, put "tokenizer_class": "{PLAIN_CLASSES[0]}" into {settings.path.name}'
             )
-    lower_case = values.get("do_lower_case", True)
+    _check_options(stored, settings, path)
+
+
+def _check_options(stored: "Tokenizer", settings: TokenizerSettings, path: Path) -> None:
+    """Raise ModelError for options of the normalizer that no setting confirms."""
+    lower_case = settings.values.get("do_lower_case", True)
     usual = {"lowercase": True, "strip_accents": lower_case, "handle_chinese_chars": True}
     for option, expected in (usual | {"clean_text": True}).items():
         found = getattr(stored.normalizer, option)
         setting = _OPTIONS[option][0] if option in _OPTIONS else option
-        if setting in values or found in (expected, None):
+        if setting in settings.values or found in (expected, None):
             continue
         if option == "lowercase" and not count_capitals(stored):
             continue  # with no capital in the vocabulary there is nothing that could be kept
@@ -409,8 +217,15 @@ def _refuse_contradictions(stored: "Tokenizer", settings: _Settings, path: Path)
         )
 
 
-def _build(model: Any, settings: _Settings) -> "Tokenizer":
-    """BERT's tokenizer by the settings, still without special tokens. model: of the word pieces."""
+def _check_truncation(stored: "Tokenizer", settings: TokenizerSettings, path: Path) -> None:
+    """Raise ModelError for texts that are to lose their beginning."""
+    side = stored.truncation["direction"] if stored.truncation else "right"
+    if settings.values.get("truncation_side") is None and side != "right":
+        raise ModelError(f"{path}: truncation on the {side} is not supported; expected right")
+
+
+def _build(model: "WordPiece", settings: TokenizerSettings) -> "Tokenizer":
+    """BERT's tokenizer by the settings, still without special tokens."""
     from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 
     tokenizer = Tokenizer(model)
@@ -425,30 +240,33 @@ def _build(model: Any, settings: _Settings) -> "Tokenizer":
 
 
 def _add_tokens(
-    tokenizer: "Tokenizer", settings: _Settings, in_file: "dict[int, AddedToken]"
+    tokenizer: "Tokenizer",
+    settings: TokenizerSettings,
+    in_file: "dict[int, AddedToken]",
+    pad_token: str | None,
 ) -> None:
     """Added tokens by their ids, then special ones, as transformers does; new ones get new ids.
 
-    in_file: added tokens of tokenizer.json. A special token that BERT has by default, no file
-    names and the vocabulary lacks is added as well, but for those that the model has no row for.
+    in_file: added tokens of tokenizer.json. pad_token: where no file names it. A special token that
+    BERT has by default, no file names and the vocabulary lacks is added as well, but not where the
+    model has no row for it.
     """
     from tokenizers import AddedToken
 
-    added = settings.added
-    if "added_tokens_decoder" not in settings.values:
-        added = added | in_file
+    added = settings.added if settings.has_decoder else settings.added | in_file
     tokens = [token for _, token in sorted(added.items(), key=lambda item: item[0])]
     known = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
     known |= {token.content for token in tokens}
     names = {token.content for token in settings.named.values() if token is not None}
+    defaults = {"pad_token": pad_token} if settings.is_plain else SPECIAL_TOKENS
     for setting in {**SPECIAL_TOKENS, **settings.named}:
-        token, default = settings.named.get(setting), SPECIAL_TOKENS.get(setting)
-        if default and setting not in settings.named and not settings.is_plain:
+        token, default = settings.named.get(setting), defaults.get(setting)
+        if default and setting not in settings.named:
             names.add(default)
-            is_new = tokenizer.token_to_id(default) is None
             num_new = sum(tokenizer.token_to_id(t.content) is None for t in tokens)
             next_id = tokenizer.get_vocab_size() + num_new
-            if not is_new or settings.num_rows is None or next_id < settings.num_rows:
+            has_row = settings.num_rows is None or next_id < settings.num_rows
+            if has_row or tokenizer.token_to_id(default) is not None:
                 token = AddedToken(default, special=True)
         if token is not None and token.content not in known:
             known.add(token.content)
@@ -459,22 +277,7 @@ def _add_tokens(
     tokenizer.add_tokens(tokens)
 
 
-def _refuse_twins(tokenizer: "Tokenizer", folder: Path) -> None:
-    """Raise ModelError when two added tokens are equal once normalised: chance would decide."""
-    normalize = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
-    seen: dict[str, str] = {}
-    for token in tokenizer.get_added_tokens_decoder().values():
-        if token.normalized:
-            other = seen.setdefault(normalize(token.content), token.content)
-            if other != token.content:
-                raise ModelError(
-                    f"the tokenizer of '{folder}' cannot tell its added tokens {quoted(other)} and "
-                    f"{quoted(token.content)} apart, which are the same to its normalizer; remove "
-                    "one of them"
-                )
-
-
-def _put_ends(tokenizer: "Tokenizer", settings: _Settings, path: Path) -> None:
+def _put_ends(tokenizer: "Tokenizer", settings: TokenizerSettings, path: Path) -> None:
     """[CLS] before and [SEP] behind each text, or what stands for them."""
     from tokenizers import processors
 
@@ -500,7 +303,7 @@ def _check_ids(tokenizer: "Tokenizer", said: "dict[int, AddedToken]", path: Path
             )
 
 
-def _check_ends(tokenizer: "Tokenizer", settings: _Settings, path: Path) -> None:
+def _check_ends(tokenizer: "Tokenizer", settings: TokenizerSettings, path: Path) -> None:
     """Raise ModelError unless each text begins with the token whose state the pooler reads."""
     first, last = settings.name_of("cls_token"), settings.name_of("sep_token")
     ends = [tokenizer.token_to_id(first), tokenizer.token_to_id(last)]
@@ -511,6 +314,25 @@ def _check_ends(tokenizer: "Tokenizer", settings: _Settings, path: Path) -> None
         raise ModelError(
             f"the tokenizer of '{path.parent}' does not put {first} and {last} around a text"
         )
+
+
+def _check_twins(tokenizer: "Tokenizer", folder: Path) -> None:
+    """Raise ModelError when two added tokens are equal once normalised: chance would decide."""
+    normalize = tokenizer.normalizer.normalize_str if tokenizer.normalizer else str
+    seen: dict[str, str] = {}
+    for token in tokenizer.get_added_tokens_decoder().values():
+        if token.normalized:
+            other = seen.setdefault(normalize(token.content), token.content)
+            if other != token.content:
+                raise ModelError(
+                    f"the tokenizer of '{folder}' cannot tell its added tokens {quoted(other)} and "
+                    f"{quoted(token.content)} apart, which are the same to its normalizer; remove "
+                    "one of them"
+                )
+
+
+def _kind(part: object) -> str:
+    return "none" if part is None else type(part).__name__
 
 
 def _explain_missing(folder: Path) -> str:
