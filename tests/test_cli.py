@@ -230,6 +230,7 @@ def test_every_flag_of_train_reaches_the_recipe(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("twostage.experiment.run_experiment", run_experiment)
     monkeypatch.setattr("twostage.experiment.read_data", lambda *given, **named: (*given, named))
     monkeypatch.setattr("twostage.assets.hub.find_model", find_model)
+    monkeypatch.setattr("twostage.report.format_results", lambda result: "")
     monkeypatch.setattr("torch.set_num_threads", lambda n: seen.update(threads=n))
     monkeypatch.setattr("twostage.memory.keep_freed_memory", lambda: seen.update(memory="kept"))
     assert main(["train", "-d", "D", "-o", "O"]) == 0

@@ -75,19 +75,34 @@ def test_augmented_texts_count_too(tiny: Path) -> None:
     assert "1 of 32 augmented texts is empty" in said
 
 
+def test_test_rows_among_the_augmented_ones_count_too(tiny: Path) -> None:
+    augmented = Table([*GOOD, TEST[0], TEST[1].upper(), "b"], [1] * 30 + [1, 1, 0])
+    recipe = replace(RECIPE, method="augment")
+    assert facts(tiny, recipe=recipe, augmented=augmented)[1:] == [
+        "of 40 test texts, 1 stand in the training data too (2 when case, white space and Unicode "
+        "form are ignored, 1 of them only under another class): scores on them say nothing of new "
+        "texts"
+    ]
+
+
+def test_no_text_is_called_empty_that_was_cut_to_nothing(tiny: Path) -> None:
+    (said,) = facts(tiny, recipe=replace(RECIPE, max_length=2))
+    assert said.startswith("50 of 50 training texts and 40 of 40 test texts are cut at 2 tokens")
+
+
 def test_test_rows_that_were_trained_on_are_counted(tiny: Path) -> None:
     test = with_texts(
         CLEAN_TEST,
         [GOOD[0], GOOD[0], GOOD[1], BAD[0], "A FINE  film number 2", "ａ fine film number 3\n"],
     )
     assert facts(tiny, test=test) == [
-        "4 of 46 test texts occur in the training data too (6 when case, white space and Unicode "
+        "of 46 test texts, 4 stand in the training data too (6 when case, white space and Unicode "
         "form are ignored, 1 of them only under another class): scores on them say nothing of new "
         "texts"
     ]
     only_alike = with_texts(CLEAN_TEST, ["A FINE film number 2"])
     (said,) = facts(tiny, test=only_alike)
-    assert said.startswith("0 of 41 test texts occur in the training data too (1 when")
+    assert said.startswith("of 41 test texts, 0 stand in the training data too (1 when")
 
 
 def test_texts_under_two_classes_are_counted_with_their_rows(tiny: Path) -> None:
@@ -142,8 +157,8 @@ def test_classes_that_the_test_data_can_hardly_judge_are_named(tiny: Path) -> No
     train = Table(GOOD, ["a", "b", "c"] * 10)
     test = Table(TEST[:12], ["a"] * 10 + ["b"] * 2)
     assert facts(tiny, train, test) == [
-        "1 of 3 classes has no test row: 'c'; 1 of 3 classes has fewer than 10 test rows, which "
-        "makes scores move in large steps: 'b' (2)"
+        "1 of 3 classes has no test row: 'c'",
+        "1 of 3 classes has fewer than 10 test rows, so that scores move in large steps: 'b' (2)",
     ]
 
 
@@ -173,7 +188,8 @@ def about_case(folder: Path, train: Table = CAPITALS) -> list[str]:
 def test_a_cased_tokenizer_beside_an_uncased_vocabulary_is_told(tiny: Path) -> None:
     change_tokenizer(tiny, lowercase=True, capitals=False, settings={"do_lower_case": False})
     assert about_case(tiny) == [
-        "the tokenizer keeps capitals, but none of its tokens have one; 2 of 93 texts have capitals"
+        "the tokenizer keeps capitals, but only 0 of its tokens have any; 2 of 93 texts have "
+        "capitals"
     ]
 
 
@@ -208,6 +224,19 @@ def test_a_tokenizer_against_the_name_of_the_model_is_told(
     assert f"but the model is named '{name.lower().removeprefix('ann/')}'" in said
 
 
+def test_texts_without_capitals_have_nothing_to_lose(tiny: Path) -> None:
+    change_tokenizer(tiny, lowercase=True, capitals=True, settings=None)
+    assert about_case(tiny, CLEAN) == []
+
+
+def test_a_model_in_the_hubs_cache_has_the_name_of_its_folder(tiny: Path) -> None:
+    folder = tiny.parent / "models--ann--bert-cased" / "snapshots" / "0123"
+    folder.parent.mkdir(parents=True)
+    tiny.rename(folder)
+    (said,) = about_case(folder)
+    assert "the tokenizer lower-cases, but the model is named 'models--ann--bert-cased'" in said
+
+
 @pytest.mark.parametrize("name", ["/home/cased/out", "ann/encased-bert", "cased-study/uncased"])
 def test_names_that_only_look_like_it_are_none(tiny: Path, name: str) -> None:
     config = json.loads((tiny / "config.json").read_text())
@@ -226,7 +255,7 @@ def test_a_tokenizer_that_fits_is_not_spoken_of(tiny: Path, lowercase: bool) -> 
 def test_a_tokenizer_of_another_size_is_told(tiny: Path) -> None:
     change_tokenizer(tiny, lowercase=True, capitals=False, settings=None)
     assert facts(tiny)[-1] == (
-        "the model has 30,522 word embeddings, but the tokenizer only 8 tokens: it may be another "
+        "the model has 30,522 word embeddings, but the tokenizer's ids end at 7: it may be another "
         "model's"
     )
 
@@ -255,7 +284,7 @@ def test_numbers_equal_those_of_a_plain_count(tiny: Path) -> None:
     shared = sum(form(text) in trained - {""} for text in test.texts)
     exact = sum(text in {*train.texts} and bool(text.strip()) for text in test.texts)
     rows = sum(form(text) in several for text in train.texts)
-    assert f"{exact} of 100 test texts occur in the training data too ({shared} when" in said
+    assert f"of 100 test texts, {exact} stand in the training data too ({shared} when" in said
     assert f"{len(several)} training texts stand under more than one class, in {rows} rows" in said
     empty = sum(not text.strip() for text in train.texts)
     assert f"{empty} of 300 training texts and" in said

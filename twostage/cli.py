@@ -521,24 +521,15 @@ def _train(options: argparse.Namespace) -> None:
         cache_trunk=options.cache_trunk,
         share_trunk=options.share_trunk,
     )
-    # What settings and data have wrong is said before a model is downloaded; what is only to be
-    # known of the data, once the model can be used.
+    # What the settings and the data have wrong is said before a model is downloaded.
     device = choose_device(recipe.device)
     check_kernels(recipe.kernels, recipe.graphs, recipe.precision, device)
-    notes: list[warnings.WarningMessage] = []
-    try:
-        with warnings.catch_warnings(record=True) as notes:
-            data = read_data(options.data_path, recipe, **_table_options(options))
-    except TwoStageError:
-        for note in notes:
-            warnings.warn(note.message, stacklevel=2)
-        raise
+    data = read_data(options.data_path, recipe, **_table_options(options))
     result = run_experiment(
         find_model(options.model, show_progress=True),
         data,
         options.output_path,
         recipe,
-        notes=[str(note.message) for note in notes],
         save_models=options.save_models,
         show_progress=True,
     )

@@ -16,11 +16,11 @@ What an earlier run left in the same folder is kept once, as `results.csv.previo
 import csv
 import shutil
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import astuple, fields
 from pathlib import Path
-from typing import NamedTuple, TextIO, Unpack
+from typing import Any, NamedTuple, TextIO, Unpack
 
 from .data.classes import Classes, find_classes
 from .data.tables import (
@@ -32,7 +32,7 @@ from .data.tables import (
     write_table,
 )
 from .data.tokenization import tokenize
-from .errors import DataError, TwoStageWarning, writing_to
+from .errors import DataError, TwoStageError, TwoStageWarning, writing_to
 from .files import write_json
 from .model.bert import BertClassifier
 from .preparation import prepare_run
@@ -61,6 +61,8 @@ class ExperimentData(NamedTuple):
     train: Table
     test: Table
     augmented: Table | None = None
+    notes: tuple[str, ...] = ()
+    """What a user should know of how they were read."""
 
 
 def run_experiment(
@@ -69,20 +71,19 @@ def run_experiment(
     output_path: Path,
     recipe: Recipe,
     *,
-    notes: Iterable[str] = (),
     save_models: bool = False,
     show_progress: bool = False,
     say: Callable[[str], None] = print,
 ) -> Result:
     """Train and evaluate every seed of the recipe; write the output folder.
 
-    notes: on how the data were read, which become warnings once the model is known to be usable.
-    say: receives a line for each thing that a user should know.
+    say: receives what a user should know, a line or more at a time. The notes on the data become
+    warnings once the model is known to be usable.
     """
     run = prepare_run(
         model, data.train, data.test, recipe, data.augmented, show_progress=show_progress
     )
-    for note in notes:
+    for note in data.notes:
         warnings.warn(note, TwoStageWarning, stacklevel=2)
     say(describe_run(run))
     finished = 0
@@ -127,9 +128,9 @@ def evaluate_file(
 
     options: of the table
     """
-    table = read_table(data, **options)
     dtype = choose_precision(precision, choose_device(device))
     classifier, tokenizer, info = load_model(model)
+    table = read_table(data, **options)
     labels_N = Classes(info.class_names, f"the training data of '{model}'").encode(table)
     store = tokenize(tokenizer, table.texts, info.max_length, show_progress=show_progress)
     classifier.to(choose_device(device))
@@ -174,16 +175,40 @@ def read_data(data_path: Path, recipe: Recipe, **options: Unpack[TableOptions]) 
         raise DataError(
             f"there is no data folder '{data_path}'; it should hold train.csv, test.csv"
         )
-    paths = [find_table(data_path, "train"), find_table(data_path, "test", "dev")]
-    train, test = (read_table(path, **options) for path in paths)
-    classes = find_classes(train)
-    classes.encode(test)
-    if not recipe.needs_augmented:
-        return ExperimentData(train, test)
-    path = find_table(data_path, "aug", who="method 'augment'")
-    augmented = read_augmented(path, **options)
-    classes.encode(augmented)
-    return ExperimentData(train, test, augmented)
+    with _keeping_notes() as notes:
+        paths = [find_table(data_path, "train"), find_table(data_path, "test", "dev")]
+        train, test = (read_table(path, **options) for path in paths)
+        classes = find_classes(train)
+        classes.encode(test)
+        augmented = None
+        if recipe.needs_augmented:
+            path = find_table(data_path, "aug", who="method 'augment'")
+            augmented = read_augmented(path, **options)
+            classes.encode(augmented)
+    return ExperimentData(train, test, augmented, tuple(notes))
+
+
+@contextmanager
+def _keeping_notes() -> Iterator[list[str]]:
+    """Collect TwoStageWarnings instead of showing them; those of a body that fails are shown."""
+    notes: list[str] = []
+    try:
+        with warnings.catch_warnings():
+            show = warnings.showwarning
+
+            def keep(message: Warning | str, category: type[Warning], *place: Any) -> None:
+                if issubclass(category, TwoStageWarning):
+                    notes.append(str(message))
+                else:
+                    show(message, category, *place)
+
+            warnings.simplefilter("always", TwoStageWarning)
+            warnings.showwarning = keep
+            yield notes
+    except TwoStageError:
+        for note in notes:
+            warnings.warn(note, TwoStageWarning, stacklevel=3)
+        raise
 
 
 class _OutputFolder:

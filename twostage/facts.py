@@ -1,10 +1,9 @@
 """What a user should know of model and data before training, each fact in one line with a number.
 
-Only what is the case is said. The texts are looked at once, mostly by their token ids: for 100,000
-of them that takes a fraction of the time that tokenising took (`benchmarks/README.md`).
+Only what is the case is said. The texts are looked at once, mostly by their token ids, in about a
+tenth of the time that reading and tokenising them took (`benchmarks/million_rows.py`).
 """
 
-import json
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -15,6 +14,7 @@ import numpy as np
 from .data.classes import Classes
 from .data.packing import TokenStore
 from .data.tokenizer_files import count_capitals, lower_cases
+from .model_folder import CONFIG, read_object
 from .preparation import PreparedRun
 from .printing import MAX_REPORTED, count, list_some, quoted, visible
 from .training.losses import make_class_weights
@@ -27,12 +27,13 @@ _BLANK = hash("")
 def find_facts(run: PreparedRun) -> list[str]:
     """The facts of a run, in the order in which they are printed."""
     train_N, test_N = _text_keys(run.train.texts), _text_keys(run.test.texts)
+    augmented_N = _text_keys(run.augmented.texts if run.augmented else ())
     facts = [
         _describe_weights(run),
-        _describe_rare_classes(run.classes, run.data.test.labels_N),
+        *_describe_rare_classes(run.classes, run.data.test.labels_N),
         _describe_cut_texts(run),
         *_describe_blank_texts(run),
-        _describe_shared_texts(run, train_N, test_N),
+        _describe_shared_texts(run, np.concatenate([train_N, augmented_N]), test_N),
         _describe_contradictions(run, train_N),
         _describe_case(run),
         _describe_sizes(run),
@@ -58,23 +59,23 @@ def _describe_weights(run: PreparedRun) -> str:
     )
 
 
-def _describe_rare_classes(classes: Classes, test_labels_N: np.ndarray) -> str:
+def _describe_rare_classes(classes: Classes, test_labels_N: np.ndarray) -> Iterable[str]:
     """Classes that the test data can hardly judge, or not at all."""
-    rows_C = np.bincount(test_labels_N, minlength=len(classes))
-    absent, few = np.flatnonzero(rows_C == 0), np.flatnonzero((rows_C > 0) & (rows_C < FEW_ROWS))
-    parts = []
-    if len(absent):
-        names = list_some([quoted(classes.names[c]) for c in absent], MAX_REPORTED, ", ")
-        have = "has" if len(absent) == 1 else "have"
-        parts.append(f"{len(absent)} of {len(classes)} classes {have} no test row: {names}")
-    if len(few):
-        shown = [f"{quoted(classes.names[c])} ({rows_C[c]})" for c in few]
-        have = "has" if len(few) == 1 else "have"
-        parts.append(
-            f"{len(few)} of {len(classes)} classes {have} fewer than {FEW_ROWS} test rows, which "
-            f"makes scores move in large steps: {list_some(shown, MAX_REPORTED, ', ')}"
-        )
-    return "; ".join(parts)
+    rows_C = np.bincount(test_labels_N, minlength=len(classes)).tolist()
+    absent = [quoted(name) for name, rows in zip(classes.names, rows_C, strict=True) if not rows]
+    few = [
+        f"{quoted(name)} ({rows})"
+        for name, rows in zip(classes.names, rows_C, strict=True)
+        if 0 < rows < FEW_ROWS
+    ]
+    for names, what in (
+        (absent, "no test row"),
+        (few, f"fewer than {FEW_ROWS} test rows, so that scores move in large steps"),
+    ):
+        if names:
+            have = "has" if len(names) == 1 else "have"
+            listed = list_some(names, MAX_REPORTED, ", ")
+            yield f"{len(names)} of {len(classes)} classes {have} {what}: {listed}"
 
 
 def _describe_cut_texts(run: PreparedRun) -> str:
@@ -94,7 +95,7 @@ def _describe_blank_texts(run: PreparedRun) -> Iterable[str]:
     for name, store in _stores(run):
         lengths_N = store.lengths.numpy()
         unknown_N = _count_tokens(store, unknown)
-        empty[name] = int((lengths_N == 2).sum()), len(store)
+        empty[name] = int((lengths_N == 2).sum()) if run.recipe.max_length > 2 else 0, len(store)
         unreadable[name] = int(((unknown_N == lengths_N - 2) & (unknown_N > 0)).sum()), len(store)
     for texts, what in ((empty, "empty"), (unreadable, "made of nothing but unknown tokens")):
         if any(number for number, _ in texts.values()):
@@ -102,23 +103,23 @@ def _describe_blank_texts(run: PreparedRun) -> Iterable[str]:
 
 
 def _describe_shared_texts(run: PreparedRun, train_N: np.ndarray, test_N: np.ndarray) -> str:
-    """Test rows that the model has seen, or nearly so.
+    """Test rows that the model is trained on, or nearly so.
 
-    train_N, test_N: keys of the texts.
+    train_N, test_N: keys of the texts, those of the augmented ones behind the training texts.
     """
     alike_N = np.isin(test_N, train_N) & (test_N != _BLANK)
     if not alike_N.any():
         return ""
     in_test = {*run.test.texts}
-    trained = {text for text in run.train.texts if text in in_test and text.strip()}
+    texts = [*run.train.texts, *(run.augmented.texts if run.augmented else ())]
+    trained = {text for text in texts if text in in_test and text.strip()}
     num_exact = sum(text in trained for text in run.test.texts)
-    seen_N = np.isin(train_N, test_N)
-    known = {*zip(train_N[seen_N].tolist(), run.data.train.labels_N[seen_N].tolist(), strict=True)}
-    asked = zip(test_N[alike_N].tolist(), run.data.test.labels_N[alike_N].tolist(), strict=True)
-    other = sum(pair not in known for pair in asked)
+    known = _pairs(train_N, _train_labels(run), np.isin(train_N, test_N))
+    asked = _pairs(test_N, run.data.test.labels_N, alike_N)
+    other = sum(pair not in {*known} for pair in asked)
     under_other = f", {other:,} of them only under another class" if other else ""
     return (
-        f"{num_exact:,} of {count(len(test_N), 'test text')} occur in the training data too "
+        f"of {count(len(test_N), 'test text')}, {num_exact:,} stand in the training data too "
         f"({alike_N.sum():,} when case, white space and Unicode form are ignored{under_other}): "
         "scores on them say nothing of new texts"
     )
@@ -138,7 +139,7 @@ def _describe_contradictions(run: PreparedRun, train_N: np.ndarray) -> str:
     rows_of = [order_N[start:end] for start, end in bounds]
     first = min(rows_of, key=lambda rows: int(rows[0]))
     other = first[labels_N[first] != labels_N[first[0]]][0]
-    where = " and ".join(run.train.where(row).rpartition(", ")[2] for row in (first[0], other))
+    where = " and ".join(run.train.place(row) for row in (first[0], other))
     verb = "stands" if len(rows_of) == 1 else "stand"
     return (
         f"{count(len(rows_of), 'training text')} {verb} under more than one class, in "
@@ -153,7 +154,7 @@ def _describe_case(run: PreparedRun) -> str:
     share = capitals / max(1, run.tokenizer.get_vocab_size())
     name = _model_name(run.folder)
     if keeps and share < 0.01:
-        said = f"the tokenizer keeps capitals, but {capitals or 'none'} of its tokens have one"
+        said = f"the tokenizer keeps capitals, but only {capitals} of its tokens have any"
     elif keeps and re.search(r"\buncased\b", name):
         said = f"the tokenizer keeps capitals, but the model is named '{visible(name)}'"
     elif not keeps and share > 0.05:
@@ -169,31 +170,46 @@ def _describe_case(run: PreparedRun) -> str:
         return ""
     texts = [*run.train.texts, *run.test.texts]
     number = sum(text != text.lower() for text in texts)
-    return f"{said}; {number:,} of {len(texts):,} texts have capitals"
+    return f"{said}; {number:,} of {len(texts):,} texts have capitals" if number else ""
 
 
 def _model_name(folder: Path) -> str:
     """Last part of what config.json says that the model was made from, else the folder's name."""
-    name = json.loads((folder / "config.json").read_text(encoding="utf-8")).get("_name_or_path")
-    return Path(str(name or folder.name)).name.lower().replace("_", "-")
+    in_cache = folder.parent.name == "snapshots"  # whose folders are named by their commits
+    name = read_object(folder / CONFIG).get("_name_or_path")
+    name = name or (folder.parent.parent if in_cache else folder).name
+    return Path(str(name)).name.lower().replace("_", "-")
 
 
 def _says_to_keep_case(path: Path) -> bool:
-    if not path.is_file():
-        return False
-    normalizer = json.loads(path.read_text(encoding="utf-8")).get("normalizer") or {}
-    return normalizer.get("lowercase") is False
+    normalizer = read_object(path).get("normalizer") if path.is_file() else None
+    return isinstance(normalizer, dict) and normalizer.get("lowercase") is False
 
 
 def _describe_sizes(run: PreparedRun) -> str:
-    """A tokenizer that may be another model's."""
-    rows, tokens = run.checkpoint.config.vocab_size, run.tokenizer.get_vocab_size()
-    if rows - tokens <= max(64, rows // 25):  # tables are rounded up, or hold room for more
+    """A tokenizer that may be another model's: its ids end well before the model's rows.
+
+    bert-base-cased's end 5 % before the rows of bert-base-uncased; a table that was rounded up to a
+    multiple of 64 or 128 is less longer than that.
+    """
+    rows, ids = run.checkpoint.config.vocab_size, max(run.tokenizer.get_vocab().values()) + 1
+    if rows - ids <= max(128, rows // 25):
         return ""
     return (
-        f"the model has {rows:,} word embeddings, but the tokenizer only {tokens:,} tokens: it may "
-        "be another model's"
+        f"the model has {rows:,} word embeddings, but the tokenizer's ids end at {ids - 1:,}: it "
+        "may be another model's"
     )
+
+
+def _train_labels(run: PreparedRun) -> np.ndarray:
+    """Labels of the training texts, then of the augmented ones."""
+    labels_N = [run.data.train.labels_N, run.data.stage_1.labels_N]
+    return np.concatenate(labels_N if run.augmented else labels_N[:1])
+
+
+def _pairs(keys_N: np.ndarray, labels_N: np.ndarray, chosen_N: np.ndarray) -> list[tuple[int, int]]:
+    """(key, label) of the chosen texts."""
+    return list(zip(keys_N[chosen_N].tolist(), labels_N[chosen_N].tolist(), strict=True))
 
 
 def _stores(run: PreparedRun) -> list[tuple[str, TokenStore]]:
@@ -218,16 +234,17 @@ def _join(numbers: dict[str, tuple[int, int]]) -> str:
 
 def _count_tokens(store: TokenStore, token: int) -> np.ndarray:
     """How often `token` occurs in each text, [N]."""
-    before = np.concatenate([[0], np.cumsum(store.ids.numpy() == token)])
-    counts_N: np.ndarray = np.diff(before[store.offsets.numpy()])
+    starts = store.offsets.numpy()[:-1]
+    is_token = store.ids.numpy() == token
+    counts_N: np.ndarray = np.add.reduceat(is_token, starts, dtype=np.int64)
     return counts_N
 
 
 def _text_keys(texts: Sequence[str]) -> np.ndarray:
     """[N] int64: equal for texts that differ in case, white space and Unicode form alone.
 
-    Numbers, not texts, which would be held in memory a second time. Two of a million have one in
-    common by chance in one run of four million.
+    Numbers, not texts, which would be held in memory a second time. Of a million texts, two share
+    one by chance in one of 37 million runs.
     """
     return np.fromiter((hash(_normalize(text)) for text in texts), np.int64, len(texts))
 

@@ -72,39 +72,44 @@ def check_folder(folder: Path, expected: str = EXPECTED, *, hides_hub_name: bool
     has_weights = WEIGHTS in names or INDEX in names
     if CONFIG in names and has_weights:
         return
-    missing = folder / (CONFIG if has_weights else WEIGHTS)
-    if hides_hub_name and CONFIG not in names and not has_weights:
+    if has_weights:
+        raise ModelError(f"{folder / CONFIG} does not exist; get it where the weights are from")
+    if hides_hub_name and CONFIG not in names:
         kind = "holds no model" if names else "is empty"
         expected = (
             f"this folder {kind}, and hides the model of that name on the Hugging Face Hub, if "
             "there is one: rename or remove it to get that, or give a folder that holds a model"
         )
-    raise ModelError(f"{missing} does not exist; {_explain(folder, names) or expected}")
+    raise ModelError(f"{folder / WEIGHTS} does not exist; {_explain(folder, names) or expected}")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder: one, or those that its index lists.
+    """The safetensors files of a folder: one, or those that its index lists, all of which exist.
 
     Raises ModelError for an index that cannot be followed.
     """
-    path = folder / INDEX
-    if (folder / WEIGHTS).exists() or not path.exists():
+    if (folder / WEIGHTS).exists() or not (folder / INDEX).exists():
         return [folder / WEIGHTS]
+    names = shard_names(folder / INDEX)
+    missing = [name for name in names if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(
+            f"{folder / INDEX} lists {count(len(names), 'file')} of weights, of which "
+            f"{len(missing)} {'is' if len(missing) == 1 else 'are'} missing: "
+            f"{list_some(missing, 5, ', ')}; get them again"
+        )
+    return [folder / name for name in names]
+
+
+def shard_names(path: Path) -> list[str]:
+    """The files that an index lists. Raises ModelError for what is not one."""
     weight_map = read_object(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise ModelError(f"{path} has no weight_map, which names the file of each tensor")
     for tensor, name in weight_map.items():
         if not isinstance(name, str) or not name or Path(name).name != name:
             raise ModelError(f"{path}: '{tensor}' is said to be in {name!r}, which is no file here")
-    names = sorted({*weight_map.values()})
-    missing = [name for name in names if not (folder / name).is_file()]
-    if missing:
-        raise ModelError(
-            f"{path} lists {count(len(names), 'file')} of weights, of which {len(missing)} "
-            f"{'is' if len(missing) == 1 else 'are'} missing: {list_some(missing, 5, ', ')}; get "
-            "them again"
-        )
-    return [folder / name for name in names]
+    return sorted({*weight_map.values()})
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -154,7 +159,7 @@ def explain_files(names: Iterable[str], folder: Path | None = None) -> str:
                 "convert it to safetensors, or choose another model"
             )
         return (
-            "pytorch_model.bin can run code when it is read, so it is not: convert it to "
+            "pytorch_model.bin can run code when it is read, so it is not used: convert it to "
             f"safetensors, with `cd {shlex.quote(str(folder))} && python3 -m venv /tmp/convert && "
             "/tmp/convert/bin/pip install torch safetensors numpy && /tmp/convert/bin/python -c "
             f'"{_CONVERSION}"`'
@@ -163,8 +168,8 @@ def explain_files(names: Iterable[str], folder: Path | None = None) -> str:
         found = sorted(name for name in names if name.endswith(end))
         if found:
             return (
-                f"{found[0]} holds weights for {framework}; save the model from there for PyTorch "
-                f"as {WEIGHTS} (in transformers: `save_pretrained`), or choose another"
+                f"{found[0]} holds weights for {framework}; get the model's PyTorch version "
+                f"({WEIGHTS}), or choose another model"
             )
     return ""
 

@@ -15,7 +15,8 @@ from .data.classes import Classes, find_classes, warn_of_twins
 from .data.containers import LabelledTexts, Table, as_table
 from .data.tokenization import check_vocabulary, load_tokenizer, tokenize
 from .errors import DataError
-from .model.checkpoint import Checkpoint, load_checkpoint
+from .model.checkpoint import Checkpoint, load_checkpoint, read_config
+from .model_folder import CONFIG, check_folder
 from .printing import quoted
 from .recipe import Recipe
 from .training.precision import check_kernels, choose_device
@@ -37,7 +38,7 @@ class Datasets:
     test: StageData
     num_classes: int
     stage_1_features: Sequence[Features] = ()
-    """Of the texts of `stage_1`, where the recipe asks for `cache_trunk` or `share_trunk`."""
+    """Hidden states of the texts of `stage_1`, for a recipe with `cache_trunk` or `share_trunk`."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class PreparedRun:
 
     recipe: Recipe
     folder: Path
-    """The model's."""
+    """The model folder."""
     checkpoint: Checkpoint
     tokenizer: "Tokenizer"
     train: Table
@@ -72,15 +73,17 @@ def prepare_run(
 ) -> PreparedRun:
     """Load the model, check it and the tables, tokenise the texts.
 
-    Parameters as of `train_two_stage`. Raises UsageError, DataError or ModelError.
+    The parameters are those of `train_two_stage`. Raises UsageError, DataError or ModelError.
     """
     device = choose_device(recipe.device)
     check_kernels(recipe.kernels, recipe.graphs, recipe.precision, device)
     folder = Path(model)
-    checkpoint = load_checkpoint(folder)
+    check_folder(folder)
+    config, _ = read_config(folder / CONFIG)
     tokenizer = load_tokenizer(folder)
-    check_vocabulary(tokenizer, checkpoint.config.vocab_size, folder)
-    recipe.check_fit(checkpoint.config, str(model))
+    check_vocabulary(tokenizer, config.vocab_size, folder)
+    recipe.check_fit(config, str(model))
+    checkpoint = load_checkpoint(folder)  # last: it may have notes, and no error is to follow them
 
     tables = [as_table(train, "train data"), as_table(test, "test data")]
     if recipe.needs_augmented:

@@ -1,5 +1,6 @@
 """Text for people: tables, and names that came from outside."""
 
+import math
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
@@ -64,12 +65,15 @@ def count(number: int, noun: str) -> str:
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """Columns aligned to the right, the first to the left; floats with three digits, NaN as -."""
-    cells = [
-        [f"{x:.3f}".replace("nan", "-") if isinstance(x, float) else visible(str(x)) for x in row]
-        for row in (header, *rows)
-    ]
+    cells = [[_format_cell(x) for x in row] for row in (header, *rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
         for row in cells
     )
+
+
+def _format_cell(value: object) -> str:
+    if not isinstance(value, float):
+        return visible(str(value))
+    return "-" if math.isnan(value) else f"{value:.3f}"

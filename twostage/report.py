@@ -84,7 +84,7 @@ def format_results(result: Result) -> str:
     if len(rows) > 1:
         rows.append(["mean", *np.mean(table, axis=0)])
         rows.append(["std", *np.std(table, axis=0, ddof=1)])
-    support_C = _support(result)
+    support_C = result.seeds[0].metrics.support_C
     note = explain_scores(result.classes.names, result.class_counts_C, support_C)
     return format_table(["", *score_columns(result)], rows) + f"\n{note}"
 
@@ -138,7 +138,7 @@ def explain_scores(
     tail = int(np.argmin(class_counts_C))
     judge = "so judge by its F1 and by macro-F1"
     if not support_C[tail]:
-        judge = "and none of those scored here, so nothing is known of it"
+        judge = "and no row here, so nothing is known of it"
     notes = [
         f"* micro-F1 is the accuracy; class {quoted(names[tail])} has {class_counts_C[tail]} of "
         f"{sum(class_counts_C)} training rows, {judge}."
@@ -282,14 +282,8 @@ def scores_by_class(metrics: Metrics) -> list[dict[str, float]]:
 
 def _compared(result: Result) -> list[str]:
     """COMPARED, without the tail's scores where no test row has that class."""
-    known = _support(result)[result.tail_class] > 0
+    known = result.seeds[0].metrics.support_C[result.tail_class] > 0
     return [name for name in COMPARED if known or not name.startswith("tail")]
-
-
-def _support(result: Result) -> np.ndarray:
-    """[C] test rows of each class; before the first seed has ended, as if there were some."""
-    support_C: np.ndarray = np.ones(len(result.classes), dtype=np.int64)
-    return result.seeds[0].metrics.support_C if result.seeds else support_C
 
 
 def _or_none(score: float) -> float | None:

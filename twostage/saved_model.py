@@ -82,6 +82,13 @@ def load_model(folder: Path) -> tuple[BertClassifier, "Tokenizer", ModelInfo]:
     )
     config, description = read_config(folder / CONFIG)
     info = _read_info(description, folder / CONFIG)
+    tokenizer = load_tokenizer(folder)
+    check_vocabulary(tokenizer, config.vocab_size, folder)
+    if info.max_length > config.max_position_embeddings:
+        raise ModelError(
+            f"{folder / CONFIG}: max_length is {info.max_length}, but there are "
+            f"{config.max_position_embeddings} positions"
+        )
     stored = read_tensors(folder)
     head = {name: stored.pop(name) for name in list(stored) if name.startswith("classifier.")}
     encoder = from_stored(stored, config, str(folder))
@@ -97,13 +104,6 @@ def load_model(folder: Path) -> tuple[BertClassifier, "Tokenizer", ModelInfo]:
                 f"{list(parameter.shape)}; expected a folder that twostage saved"
             )
         tensors[name] = head[name].to(torch.float32, copy=True)
-    tokenizer = load_tokenizer(folder)
-    check_vocabulary(tokenizer, config.vocab_size, folder)
-    if info.max_length > config.max_position_embeddings:
-        raise ModelError(
-            f"{folder / CONFIG}: max_length is {info.max_length}, but there are "
-            f"{config.max_position_embeddings} positions"
-        )
     parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
     return assemble_classifier(config, parameters), tokenizer, info
 

@@ -556,7 +556,7 @@ def test_a_byte_order_mark_in_vocab_txt_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("num_rows", "is_added"), [(None, True), (91, True), (90, False)])
-def test_a_special_token_that_the_vocabulary_lacks_is_added_if_there_is_room(
+def test_missing_special_tokens_are_added_if_there_is_room(
     tmp_path: Path, num_rows: int | None, is_added: bool
 ) -> None:
     """Without room transformers gives it an id that the model does not have."""
@@ -576,7 +576,7 @@ def test_an_empty_last_line_of_vocab_txt_is_named(tmp_path: Path) -> None:
         check_vocabulary(load_tokenizer(folder), len(SMALL), folder)
 
 
-def test_reading_a_folder_needs_nothing_but_the_folder(tmp_path: Path) -> None:
+def test_vocab_txt_alone_is_enough(tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     shutil.copy(make_folder(tmp_path / "n") / "vocab.txt", tmp_path / "m")
     assert os.listdir(tmp_path / "m") == ["vocab.txt"]

@@ -5,8 +5,9 @@ above all not `pytorch_model.bin`, a pickle, which can run code when it is read.
 
 The files go into the user's own cache, which other tools share, through huggingface_hub. It reads
 HF_HOME, HF_HUB_CACHE, HF_ENDPOINT, HF_HUB_OFFLINE and HF_TOKEN by itself. The cache is looked at
-first, without the network. Another tool may have cached some of the files only, so each is looked
-for. The weights are downloaded after all other files: who finds them finds everything.
+first, without the network. Another tool may have cached some of the files only, so configuration,
+weights and tokenizer are looked for. (A file of settings that it left out cannot be told from one
+that the model does not have.) The weights are downloaded after all other files.
 """
 
 import errno
@@ -27,6 +28,7 @@ from ..model_folder import (
     WEIGHTS,
     check_folder,
     explain_files,
+    shard_names,
     weight_files,
 )
 
@@ -59,7 +61,7 @@ def find_model(
         return Path(name)
     if _is_path(name) or os.path.exists(name):
         if os.path.isfile(name):
-            raise ModelError(f"'{name}' is a file; give the folder that holds it")
+            check_folder(Path(name))
         raise ModelError(
             f"there is no model folder '{name}'; give one that holds {CONFIG}, {WEIGHTS} and "
             f"{TOKENIZERS[0]} (`twostage fetch demo` makes demo/model) or the name of a model on "
@@ -91,7 +93,8 @@ def fetch_model(
         return folder  # and nothing here can tell whether it is another model's
     source = _find_on_hub(name, say, show_progress)
     weights = [path.name for path in weight_files(source)]
-    weights += [INDEX] * (weights != [WEIGHTS])
+    if weights != [WEIGHTS]:
+        weights.append(INDEX)
     present = [file for file in SMALL_FILES if (source / file).is_file()] + weights
     for file in (*SMALL_FILES, WEIGHTS, INDEX, *weights):
         if (folder / file).exists() and not (
@@ -147,12 +150,12 @@ def _find_on_hub(name: str, say: Callable[[str], None], show_progress: bool) -> 
             f"network and the same cache{other and '; '}{other}"
         )
     try:
-        weights = _check_files(name)
+        has_one_file = WEIGHTS in _check_files(name)
         say(
             f"downloading {name} from the Hugging Face Hub into {constants.HF_HUB_CACHE} "
             "(first use)"
         )
-        _download(name, weights, show_progress)
+        _download(name, has_one_file, show_progress)
     except TwoStageError:
         raise
     except Exception as error:  # the types differ between versions of huggingface_hub
@@ -192,31 +195,26 @@ def _explain_cached(folder: Path | None) -> tuple[str, str]:
     return "some of its files of weights", ""
 
 
-def _check_files(name: str) -> list[str]:
-    """Ask the hub for the list of files; returns those with weights.
-
-    Raises ModelError if the model cannot be used.
-    """
+def _check_files(name: str) -> set[str]:
+    """The names of the model's files. Raises ModelError if the model cannot be used."""
     from huggingface_hub import HfApi
 
     files = {file.rfilename for file in HfApi().model_info(name).siblings or ()}
     if CONFIG not in files:
-        why = explain_files(files) or "choose another model"
+        why = (not files & {WEIGHTS, INDEX} and explain_files(files)) or "choose another model"
         raise ModelError(f"{name} on the Hugging Face Hub has no {CONFIG}; {why}")
     if not files & set(TOKENIZERS):
         raise ModelError(
             f"{name} on the Hugging Face Hub has neither {' nor '.join(TOKENIZERS)}; choose "
             "another model, or make a folder of your own with one of them"
         )
-    if WEIGHTS in files:
-        return [WEIGHTS]
-    if INDEX in files:
-        return [INDEX, *(file for file in files if file.endswith(".safetensors"))]
-    why = explain_files(files) or "choose another model"
-    raise ModelError(f"{name} on the Hugging Face Hub has no {WEIGHTS}; {why}")
+    if not files & {WEIGHTS, INDEX}:
+        why = explain_files(files) or "choose another model"
+        raise ModelError(f"{name} on the Hugging Face Hub has no {WEIGHTS}; {why}")
+    return files
 
 
-def _download(name: str, weights: list[str], show_progress: bool) -> None:
+def _download(name: str, has_one_file: bool, show_progress: bool) -> None:
     from huggingface_hub import snapshot_download
     from huggingface_hub.utils.tqdm import tqdm
 
@@ -227,8 +225,10 @@ def _download(name: str, weights: list[str], show_progress: bool) -> None:
             settings["disable"] = None if show_progress else True
             super().__init__(*args, **settings)  # type: ignore[no-untyped-call]
 
-    for files in (SMALL_FILES, (*SMALL_FILES, *weights)):
-        snapshot_download(name, allow_patterns=list(files), tqdm_class=Bar)
+    small = [*SMALL_FILES] if has_one_file else [*SMALL_FILES, INDEX]
+    folder = Path(snapshot_download(name, allow_patterns=small, tqdm_class=Bar))
+    weights = [WEIGHTS] if has_one_file else shard_names(folder / INDEX)
+    snapshot_download(name, allow_patterns=[*small, *weights], tqdm_class=Bar)
 
 
 def _explain(name: str, error: Exception) -> TwoStageError:

@@ -76,9 +76,11 @@ class Table:
 
     def where(self, row: int) -> str:
         """`file, line 7`, or `the data, row 5` counted from 0."""
-        if self.lines:
-            return f"{visible(self.source)}, line {self.lines[row]}"
-        return f"{visible(self.source)}, row {row}"
+        return f"{visible(self.source)}, {self.place(row)}"
+
+    def place(self, row: int) -> str:
+        """`line 7`, or `row 5` counted from 0."""
+        return f"line {self.lines[row]}" if self.lines else f"row {row}"
 
 
 def explain_text(text: object) -> str:

@@ -76,7 +76,7 @@ def tensor_names(num_layers: int) -> list[tuple[str, tuple[str, ...]]]:
 
 
 def load_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read `config.json` and `model.safetensors` (fp32, fp16 or bf16) of a BERT-style model.
+    """Read a BERT-style model: `config.json` and safetensors of fp32, fp64, fp16 or bf16.
 
     Raises ModelError, naming the file and the field or tensor, for what is missing, mis-shaped or
     not supported.
