@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import astuple, fields
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO, Unpack
+from typing import NamedTuple, TextIO, Unpack
 
 from .data.classes import Classes, find_classes
 from .data.tables import (
@@ -196,11 +196,18 @@ def _keeping_notes() -> Iterator[list[str]]:
         with warnings.catch_warnings():
             show = warnings.showwarning
 
-            def keep(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            def keep(
+                message: Warning | str,
+                category: type[Warning],
+                filename: str,
+                lineno: int,
+                file: TextIO | None = None,
+                line: str | None = None,
+            ) -> None:
                 if issubclass(category, TwoStageWarning):
                     notes.append(str(message))
                 else:
-                    show(message, category, *place)
+                    show(message, category, filename, lineno, file, line)
 
             warnings.simplefilter("always", TwoStageWarning)
             warnings.showwarning = keep
