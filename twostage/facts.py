@@ -114,9 +114,9 @@ def _describe_shared_texts(run: PreparedRun, train_N: np.ndarray, test_N: np.nda
     texts = [*run.train.texts, *(run.augmented.texts if run.augmented else ())]
     trained = {text for text in texts if text in in_test and text.strip()}
     num_exact = sum(text in trained for text in run.test.texts)
-    known = _pairs(train_N, _train_labels(run), np.isin(train_N, test_N))
+    known = {*_pairs(train_N, _train_labels(run), np.isin(train_N, test_N))}
     asked = _pairs(test_N, run.data.test.labels_N, alike_N)
-    other = sum(pair not in {*known} for pair in asked)
+    other = sum(pair not in known for pair in asked)
     under_other = f", {other:,} of them only under another class" if other else ""
     return (
         f"of {count(len(test_N), 'test text')}, {num_exact:,} stand in the training data too "
