@@ -114,9 +114,9 @@ def _describe_shared_texts(run: PreparedRun, train_N: np.ndarray, test_N: np.nda
     texts = [*run.train.texts, *(run.augmented.texts if run.augmented else ())]
     trained = {text for text in texts if text in in_test and text.strip()}
     num_exact = sum(text in trained for text in run.test.texts)
-    known = {*_pairs(train_N, _train_labels(run), np.isin(train_N, test_N))}
-    asked = _pairs(test_N, run.data.test.labels_N, alike_N)
-    other = sum(pair not in known for pair in asked)
+    train_pairs_N = _pair_keys(train_N, _train_labels(run), run.classes)
+    test_pairs_N = _pair_keys(test_N, run.data.test.labels_N, run.classes)
+    other = int((alike_N & ~np.isin(test_pairs_N, train_pairs_N)).sum())
     under_other = f", {other:,} of them only under another class" if other else ""
     return (
         f"of {count(len(test_N), 'test text')}, {num_exact:,} stand in the training data too "
@@ -207,9 +207,10 @@ def _train_labels(run: PreparedRun) -> np.ndarray:
     return np.concatenate(labels_N if run.augmented else labels_N[:1])
 
 
-def _pairs(keys_N: np.ndarray, labels_N: np.ndarray, chosen_N: np.ndarray) -> list[tuple[int, int]]:
-    """(key, label) of the chosen texts."""
-    return list(zip(keys_N[chosen_N].tolist(), labels_N[chosen_N].tolist(), strict=True))
+def _pair_keys(keys_N: np.ndarray, labels_N: np.ndarray, classes: Classes) -> np.ndarray:
+    """[N] int64: equal for texts of one key under one class (overflow only mixes them)."""
+    pairs_N: np.ndarray = keys_N * len(classes) + labels_N
+    return pairs_N
 
 
 def _stores(run: PreparedRun) -> list[tuple[str, TokenStore]]:
