@@ -190,32 +190,22 @@ def read_data(data_path: Path, recipe: Recipe, **options: Unpack[TableOptions]) 
 
 @contextmanager
 def _keeping_notes() -> Iterator[list[str]]:
-    """Collect TwoStageWarnings instead of showing them; those of a body that fails are shown."""
+    """Collect TwoStageWarnings in place of showing them; those of a body that fails are shown."""
     notes: list[str] = []
-    try:
-        with warnings.catch_warnings():
-            show = warnings.showwarning
-
-            def keep(
-                message: Warning | str,
-                category: type[Warning],
-                filename: str,
-                lineno: int,
-                file: TextIO | None = None,
-                line: str | None = None,
-            ) -> None:
-                if issubclass(category, TwoStageWarning):
-                    notes.append(str(message))
-                else:
-                    show(message, category, filename, lineno, file, line)
-
-            warnings.simplefilter("always", TwoStageWarning)
-            warnings.showwarning = keep
+    error: TwoStageError | None = None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", TwoStageWarning)
+        try:
             yield notes
-    except TwoStageError:
-        for note in notes:
-            warnings.warn(note, TwoStageWarning, stacklevel=3)
-        raise
+        except TwoStageError as raised:
+            error = raised
+    for note in caught:
+        if error is None and issubclass(note.category, TwoStageWarning):
+            notes.append(str(note.message))
+        else:
+            warnings.showwarning(note.message, note.category, note.filename, note.lineno)
+    if error is not None:
+        raise error
 
 
 class _OutputFolder:

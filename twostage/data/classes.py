@@ -136,32 +136,37 @@ def find_classes(train: "Table") -> Classes:
 
 
 def _find_lists(names: set[str]) -> set[str]:
-    """Names that list classes: `['a', 'b']`, `[0 1 1]`, or `a|b` where there are `a` and `b` too.
-
-    What has a mark between its parts is a list if other names have each of these parts, one of them
-    alone or at another place: in `News|Sport`, `News|Art` and `Shop|Art` they tell levels apart.
-    Commas also stand in names and numbers: one such name is no list, and neither is `0,5`.
-    """
+    """Names that list classes: `['a', 'b']`, `[0 1 1]`, `a|b` where there are `a` and `b` too."""
     found = {name for name in names if _LIST.fullmatch(name)}
     if all(_VECTOR.fullmatch(name) for name in names):
         found |= names
-    for mark in "|;,":
-        if mark == "," and all(_DECIMAL.fullmatch(name) for name in names):
-            continue
-        split = {name: [part.strip() for part in name.split(mark)] for name in names}
-        places: dict[str, set[tuple[str, int]]] = {}
-        for name, parts in split.items():
-            for place, part in enumerate(parts):
-                places.setdefault(part, set()).add((name, place if parts[1:] else -1))
-        lists = {
-            name
-            for name, parts in split.items()
-            if len({*parts}) > 1
-            and all(part and len(places[part]) > 1 for part in parts)
-            and any(len({place for _, place in places[part]}) > 1 for part in parts)
-        }
-        found |= lists if mark != "," or len(lists) > 1 else set()
+    found |= _find_combinations(names, "|") | _find_combinations(names, ";")
+    # Commas also stand in names, where one is no sign yet, and in numbers (`0,5`).
+    with_commas = _find_combinations(names, ",")
+    if len(with_commas) > 1 and not all(_DECIMAL.fullmatch(name) for name in names):
+        found |= with_commas
     return found
+
+
+def _find_combinations(names: set[str], mark: str) -> set[str]:
+    """Names of which each part is in other names too, one of them alone or at another place.
+
+    In `News|Sport`, `News|Art` and `Shop|Art` no part is: there the mark tells levels apart.
+    """
+    parts_of = {name: [p.strip() for p in name.split(mark)] for name in names if mark in name}
+    alone = names - parts_of.keys()
+    names_with = Counter(part for parts in parts_of.values() for part in {*parts})
+    places: dict[str, set[int]] = {}
+    for parts in parts_of.values():
+        for place, part in enumerate(parts):
+            places.setdefault(part, set()).add(place)
+    return {
+        name
+        for name, parts in parts_of.items()
+        if len({*parts}) > 1
+        and all(part and (part in alone or names_with[part] > 1) for part in parts)
+        and any(part in alone or len(places[part]) > 1 for part in parts)
+    }
 
 
 def warn_of_twins(classes: Classes, train: "Table") -> None:
