@@ -43,6 +43,10 @@ _OTHER_WEIGHTS = {
     "openvino_model.bin": "OpenVINO",
     ".tflite": "TensorFlow Lite",
 }
+_EXPECTED = (
+    f"give one that holds {CONFIG}, {WEIGHTS} and {TOKENIZERS[0]} (`twostage fetch demo` makes "
+    "demo/model)"
+)
 _POINTER = b"version https://git-lfs"
 _CONVERSION = (
     "import glob, torch, safetensors.torch as s; "
@@ -52,13 +56,7 @@ _CONVERSION = (
 )
 
 
-EXPECTED = (
-    f"give one that holds {CONFIG}, {WEIGHTS} and {TOKENIZERS[0]} (`twostage fetch demo` makes "
-    "demo/model)"
-)
-
-
-def check_folder(folder: Path, expected: str = EXPECTED, *, hides_hub_name: bool = False) -> None:
+def check_folder(folder: Path, expected: str = _EXPECTED, *, hides_hub_name: bool = False) -> None:
     """Raise ModelError for what is no folder, or none that can hold a model.
 
     expected: what to give instead. hides_hub_name: whether a model of the Hugging Face Hub may have

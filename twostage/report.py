@@ -41,8 +41,8 @@ def describe_run(run: PreparedRun) -> str:
     """What is about to happen, in one line, and a line for each fact to know before."""
     recipe, counts_C = run.recipe, run.class_counts_C
     shown = ", ".join(f"{quoted(c)}: {n}" for c, n in zip(run.classes.names, counts_C, strict=True))
-    rows = f"{len(run.train)} training rows ({shown})" if len(counts_C) <= 8 else None
-    rows = rows or f"{len(run.train)} rows"
+    few = len(counts_C) <= 8
+    rows = f"{len(run.train)} training rows ({shown})" if few else f"{len(run.train)} rows"
     rows += f", {len(run.augmented)} augmented" if run.augmented else ""
     stages = f"{recipe.epochs_stage_1 if recipe.has_stage_1 else 0} + {recipe.epochs_stage_2}"
     first = (
@@ -158,12 +158,11 @@ def format_evaluation(metrics: Metrics, names: Sequence[str], class_counts_C: Se
     With many classes, only the SHOWN_CLASSES with the lowest F1 among those that occur.
     """
     tail = int(np.argmin(class_counts_C))
-    per_class: list[list[object]] = [
-        [quoted(name) + " (tail)" * (c == tail), *shown.values()]
-        if shown["support"]
-        else [quoted(name) + " (tail)" * (c == tail), *["-"] * (len(shown) - 1), 0]
-        for c, (name, shown) in enumerate(zip(names, scores_by_class(metrics), strict=True))
-    ]
+    per_class: list[list[object]] = []
+    for c, (name, shown) in enumerate(zip(names, scores_by_class(metrics), strict=True)):
+        *of_class, rows = shown.values()
+        of_class = of_class if rows else [np.nan] * len(of_class)
+        per_class.append([quoted(name) + " (tail)" * (c == tail), *of_class, rows])
     summary = summarize(metrics, tail)
     parts = []
     if len(names) > SHOWN_CLASSES:
