@@ -145,12 +145,18 @@ def test_the_weights_of_stage_1_are_said(
         ]
 
 
-def test_the_weights_of_augmented_data_are_those_of_its_counts(tiny: Path) -> None:
+def test_of_balanced_data_no_weights_are_said(tiny: Path) -> None:
     augmented = Table([*GOOD, *GOOD], [0] * 30 + [1] * 30)
-    recipe = replace(RECIPE, method="augment")
-    (said,) = facts(tiny, recipe=recipe, augmented=augmented)
+    assert facts(tiny, recipe=replace(RECIPE, method="augment"), augmented=augmented) == []
+    balanced = Table([*GOOD[:20], *BAD], [1] * 20 + [0] * 20)
+    assert facts(tiny, balanced, recipe=replace(RECIPE, method="reweight")) == []
+
+
+def test_the_weights_of_augmented_data_are_those_of_its_counts(tiny: Path) -> None:
+    augmented = Table([*GOOD, *GOOD], [0] * 40 + [1] * 20)
+    (said,) = facts(tiny, recipe=replace(RECIPE, method="augment"), augmented=augmented)
     assert "weights of 1.00 : 1 for a text of class '0'" in said
-    assert said.endswith("of which there are 1.00 times as many")
+    assert said.endswith("of which there are 0.50 times as many")
 
 
 def test_classes_that_the_test_data_can_hardly_judge_are_named(tiny: Path) -> None:

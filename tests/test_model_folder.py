@@ -184,6 +184,21 @@ def shard_alone(folder: Path) -> None:
     (folder / INDEX).unlink()
 
 
+def pickle_below(folder: Path) -> None:
+    pickle(folder)
+    into_folder(folder, folder / "checkpoint-500")
+
+
+def adapter_below(folder: Path) -> None:
+    adapter(folder)
+    into_folder(folder, folder / "checkpoint-500")
+
+
+def pickle_above(folder: Path) -> None:
+    into_folder(folder, folder / "checkpoint-500")
+    (folder / "pytorch_model.bin").touch()
+
+
 def no_config(folder: Path) -> None:
     (folder / "config.json").unlink()
     (folder / "pytorch_model.bin").touch()  # which is not what the folder lacks
@@ -273,6 +288,9 @@ WRONG: list[tuple[Callable[[Path], None], str]] = [
     (one_level_up, r"the model is in a folder below: give '.*/tiny/checkpoint-500'$"),
     (two_levels_up, r"the model is in a folder below: give '.*/tiny/snapshots/0123'$"),
     (cache_root, r"give '.*/tiny/models--ann--tiny/snapshots/0123'$"),
+    (pickle_below, r"what there is of a model is in a folder below: see '.*/checkpoint-500'$"),
+    (adapter_below, r"what there is of a model is in a folder below: see '.*/checkpoint-500'$"),
+    (pickle_above, r"the model is in a folder below: give '.*/checkpoint-500'$"),
     (nothing, r"model\.safetensors does not exist; give one that holds config\.json"),
     (no_tokenizer, r"has neither tokenizer\.json nor vocab\.txt"),
     (distilbert, "model_type is 'distilbert'; supported: 'bert'"),

@@ -48,6 +48,8 @@ def _describe_weights(run: PreparedRun) -> str:
         return ""
     counts_C = data.stage_1.class_counts(data.num_classes)
     tail, head = int(np.argmin(run.class_counts_C)), int(np.argmax(run.class_counts_C))
+    if counts_C[tail] == counts_C[head]:
+        return ""  # nothing is to be balanced
     weights_C = make_class_weights(recipe.stage_1_class_weights, counts_C)
     weight = 1.0 if weights_C is None else float(weights_C[tail] / weights_C[head])
     rows = counts_C[head] / counts_C[tail]

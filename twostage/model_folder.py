@@ -176,13 +176,16 @@ def _explain(folder: Path, names: set[str]) -> str:
     """What a folder with files of these names is, and what to do; "" if unknown."""
     for name in sorted(names & {*PICKLES, *ADAPTERS, CONFIG}):
         check_no_pointer(folder / name)
+    below = [f"'{path}'" for path in _folders_below(folder, {WEIGHTS, INDEX})]
+    if below:
+        return f"the model is in a folder below: give {list_some(below, 5, ' or ')}"
     exported = {path.name for path in folder.glob("onnx/*.onnx")}
     other = explain_files(names | exported, folder)
     if other:
         return other
-    below = [f"'{path}'" for path in _models_below(folder)]
+    below = [f"'{path}'" for path in _folders_below(folder, {*PICKLES, *ADAPTERS})]
     if below:
-        return f"the model is in a folder below: give {list_some(below, 5, ' or ')}"
+        return f"what there is of a model is in a folder below: see {list_some(below, 5, ' or ')}"
     weights = sorted(name for name in names if name.endswith(".safetensors"))
     if weights and all("-of-" in name for name in weights):
         return f"{weights[0]} is one of several files, but {INDEX} is missing; get it again"
@@ -198,14 +201,15 @@ def _names_in(folder: Path) -> set[str]:
         raise ModelError(f"'{folder}' cannot be read: {error.strerror or error}") from error
 
 
-def _models_below(folder: Path) -> list[Path]:
-    """Whole models up to three folders down, as in a cache of the Hub."""
-    found = [
+def _folders_below(folder: Path, files: set[str]) -> list[Path]:
+    """Folders that hold one of these files, up to three folders down, as in a cache of the Hub."""
+    found = {
         path.parent
         for pattern in ("*/", "*/*/", "*/*/*/")
-        for path in folder.glob(pattern + CONFIG)
-        if (path.parent / WEIGHTS).exists() or (path.parent / INDEX).exists()
-    ]
+        for file in files
+        for path in folder.glob(pattern + file)
+        if (path.parent / CONFIG).exists() or file in ADAPTERS
+    }
     return sorted(found, key=lambda path: (len(path.parts), len(path.name), path.name))
 
 

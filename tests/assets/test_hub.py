@@ -209,6 +209,21 @@ def test_an_adapter_is_named_before_it_is_downloaded(hub: Hub) -> None:
 
 
 @pytest.mark.slow
+def test_a_cached_adapter_is_told_offline(hub: Hub) -> None:
+    path = "/ann/lora/resolve/main/adapter_config.json"
+    hub.server.answer(path, b"{}", ETag='"etag"', X_Repo_Commit=COMMIT)
+    script = "from huggingface_hub import hf_hub_download as get\n"
+    script += "get('ann/lora', 'adapter_config.json')"
+    settings = {"HF_ENDPOINT": hub.server.url, "HF_HOME": str(hub.home)}
+    subprocess.run([sys.executable, "-P", "-c", script], env=os.environ | settings, check=True)
+    (outcome,) = hub.call(("find_model", "ann/lora"), HF_HUB_OFFLINE="1")
+    assert (
+        "without model.safetensors, and HF_HUB_OFFLINE is set; there is an adapter"
+        in (outcome["error"])
+    )
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("environment", [{"HF_HUB_OFFLINE": "1"}, {}])
 def test_what_is_cached_without_safetensors_is_told(hub: Hub, environment: dict[str, str]) -> None:
     """As by a tool that reads pickles; the second time the hub answers nothing."""

@@ -137,7 +137,7 @@ HONOURED: dict[str, tuple[Settings | None, dict[str, Any]]] = {
     "harmless": (
         {
             "do_basic_tokenize": True,
-            "never_split": None,
+            "never_split": ["[UNK]", "[SEP]"],
             "model_max_length": 7,
             "padding_side": "left",
             "truncation_side": "right",
@@ -223,6 +223,10 @@ HONOURED: dict[str, tuple[Settings | None, dict[str, Any]]] = {
     "tokenizer.json as it is": (
         {"tokenizer_class": "PreTrainedTokenizerFast"},
         {"tokenizer": make_tokenizer(lowercase=False, handle_chinese_chars=False)},
+    ),
+    "tokenizer.json as it is, dirty": (
+        {"tokenizer_class": "PreTrainedTokenizerFast"},
+        {"tokenizer": make_tokenizer(clean_text=False)},
     ),
     "tokenizer.json as it is, with another normalizer": (
         {"tokenizer_class": "PreTrainedTokenizerFast", "mask_token": "[MASK]"},
@@ -317,12 +321,12 @@ REFUSED: dict[str, tuple[Settings | None, dict[str, Any], str]] = {
     "cased in tokenizer.json alone": (
         None,
         {"tokenizer": make_tokenizer(lowercase=False)},
-        'lowercase is false, .* put {"do_lower_case": false} into it',
+        'lowercase is false, .* put {"do_lower_case": false} there',
     ),
     "accents in tokenizer.json alone": (
         {"model_max_length": 512},
         {"tokenizer": make_tokenizer(strip_accents=False)},
-        'strip_accents is false, .* put {"strip_accents": false} into it',
+        'strip_accents is false, .* put {"strip_accents": false} there',
     ),
     "Chinese in tokenizer.json alone": (
         {},
@@ -332,7 +336,7 @@ REFUSED: dict[str, tuple[Settings | None, dict[str, Any], str]] = {
     "dirt in tokenizer.json alone": (
         {},
         {"tokenizer": make_tokenizer(clean_text=False)},
-        "clean_text is false",
+        'clean_text is false, .* put {"tokenizer_class": "PreTrainedTokenizerFast"} there',
     ),
     "as it is, against its settings": (
         {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": False},

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from ..errors import DownloadError, ModelError, TwoStageError, UsageError, writing_to
 from ..model_folder import (
+    ADAPTERS,
     CONFIG,
     INDEX,
     TOKENIZER_SETTINGS,
@@ -145,10 +146,10 @@ def _find_on_hub(name: str, say: Callable[[str], None], show_progress: bool) -> 
     if constants.HF_HUB_OFFLINE:
         where = f"in {constants.HF_HUB_CACHE}"
         what = f"{name} is {where} without {lacks}" if lacks else f"{name} is not {where}"
-        raise DownloadError(
-            f"{what}, and HF_HUB_OFFLINE is set; unset it, or run `twostage fetch {name}` with a "
-            f"network and the same cache{other and '; '}{other}"
+        remedy = other or (
+            f"unset it, or run `twostage fetch {name}` with a network and the same cache"
         )
+        raise DownloadError(f"{what}, and HF_HUB_OFFLINE is set; {remedy}")
     try:
         has_one_file = WEIGHTS in _check_files(name)
         say(
@@ -173,14 +174,17 @@ def _find_in_cache(name: str) -> Path | None:
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
-    try:
-        config = try_to_load_from_cache(name, CONFIG)
-    except HFValidationError:
-        raise ModelError(
-            f"{name!r} cannot be the name of a model on the Hugging Face Hub, and there is no "
-            "folder of that name; expected a folder or a name such as bert-base-uncased"
-        ) from None
-    return Path(config).parent if isinstance(config, str) else None
+    for file in (CONFIG, *ADAPTERS):
+        try:
+            path = try_to_load_from_cache(name, file)
+        except HFValidationError:
+            raise ModelError(
+                f"{name!r} cannot be the name of a model on the Hugging Face Hub, and there is no "
+                "folder of that name; expected a folder or a name such as bert-base-uncased"
+            ) from None
+        if isinstance(path, str):
+            return Path(path).parent
+    return None
 
 
 def _explain_cached(folder: Path | None) -> tuple[str, str]:
@@ -190,6 +194,8 @@ def _explain_cached(folder: Path | None) -> tuple[str, str]:
     names = {path.name for path in folder.iterdir()}
     if not names & {WEIGHTS, INDEX}:
         return WEIGHTS, explain_files(names, folder)
+    if CONFIG not in names:
+        return CONFIG, ""
     if not names & {*TOKENIZERS}:
         return " or ".join(TOKENIZERS), ""
     return "some of its files of weights", ""

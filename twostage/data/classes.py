@@ -41,9 +41,13 @@ if TYPE_CHECKING:
     from .containers import Table
 
 _WHOLE = re.compile(r"([+-]?(?:0|[1-9][0-9]{0,999}))(?:\.0*)?")
-_LIST = re.compile(r"""[\[({]\s*(['"]).*\1\s*,?\s*[\])}]""")
-_VECTOR = re.compile(r"\[[01](?:[ ,]+[01])+\]|[01](?: [01])+|[01](?:,[01]){2,}")
-_DECIMAL = re.compile(r"[+-]?[0-9]+(?:,[0-9]+)?")
+_LIST = re.compile(
+    r"""[\[({]\s*(['"]).*\1\s*,?\s*[\])}]"""  # of quoted names
+    r"|\[\s*(?:[0-9.]+|True|False)(?:[ ,]+(?:[0-9.]+|True|False))*\s*\]"
+)
+_VECTOR = re.compile(r"[01](?: [01])+|\(?[01](?:, ?[01]){2,}\)?")
+_NUMBER = re.compile(r"[+-]?[0-9]+(?:,[0-9]+)?")
+_HALF = re.compile(r"[+-]?[0-9]+,(?:00?|50?|25|75)")
 # Cyrillic and Greek letters, dashes and apostrophes that print as Latin ones do.
 _LOOK_ALIKE = str.maketrans(
     "аеорсухіјѕԁһԛԝкмтвнАВЕКМНОРСТУХІЈЅαονρτυικΑΒΕΖΗΙΚΜΝΟΡΤΥΧ‐‑‒–—−’‘ʼ",
@@ -136,16 +140,21 @@ def find_classes(train: "Table") -> Classes:
 
 
 def _find_lists(names: set[str]) -> set[str]:
-    """Names that list classes: `['a', 'b']`, `[0 1 1]`, `a|b` where there are `a` and `b` too."""
+    """Names that list classes: `['a', 'b']`, `[3, 10]`, `a|b` where there are `a` and `b` too."""
     found = {name for name in names if _LIST.fullmatch(name)}
     if all(_VECTOR.fullmatch(name) for name in names):
         found |= names
+    if all(name[0] + name[-1] == "[]" for name in names):
+        found |= {name for name in names if set("|;,") & {*name}}
     found |= _find_combinations(names, "|") | _find_combinations(names, ";")
-    # Commas also stand in names, where one is no sign yet, and in numbers (`0,5`).
     with_commas = _find_combinations(names, ",")
-    if len(with_commas) > 1 and not all(_DECIMAL.fullmatch(name) for name in names):
-        found |= with_commas
-    return found
+    if all(_NUMBER.fullmatch(name) for name in names):
+        # `2,27` lists classes where 2 and 27 are classes; `0,5` may be a half all the same.
+        with_commas = {name for name in with_commas if {*name.split(",")} <= names}
+        is_list = not all(_HALF.fullmatch(name) for name in with_commas)
+    else:
+        is_list = len(with_commas) > 1  # commas also stand in names, where one is no sign yet
+    return found | with_commas if is_list else found
 
 
 def _find_combinations(names: set[str], mark: str) -> set[str]:
@@ -153,8 +162,8 @@ def _find_combinations(names: set[str], mark: str) -> set[str]:
 
     In `News|Sport`, `News|Art` and `Shop|Art` no part is: there the mark tells levels apart.
     """
-    parts_of = {name: [p.strip() for p in name.split(mark)] for name in names if mark in name}
-    alone = names - parts_of.keys()
+    parts_of = {name: [p for p in map(str.strip, name.split(mark)) if p] for name in names}
+    alone = {parts[0] for parts in parts_of.values() if len(parts) == 1}
     names_with = Counter(part for parts in parts_of.values() for part in {*parts})
     places: dict[str, set[int]] = {}
     for parts in parts_of.values():
@@ -164,7 +173,7 @@ def _find_combinations(names: set[str], mark: str) -> set[str]:
         name
         for name, parts in parts_of.items()
         if len({*parts}) > 1
-        and all(part and (part in alone or names_with[part] > 1) for part in parts)
+        and all(names_with[part] > 1 for part in parts)
         and any(part in alone or len(places[part]) > 1 for part in parts)
     }
 

@@ -181,7 +181,8 @@ def _check_is_bert(stored: "Tokenizer", settings: TokenizerSettings, path: Path)
     ends = [settings.name_of("cls_token"), settings.name_of("sep_token")]
     if stored.encode("").tokens != ends:
         raise ModelError(
-            f"{path}: the post_processor does not put {ends[0]} and {ends[1]} around a text"
+            f"{path}: the post_processor does not put {ends[0]} and {ends[1]} around a text; give "
+            "it one that does, or put vocab.txt in its place"
         )
     model = stored.model
     parts = {
@@ -211,9 +212,12 @@ def _check_options(stored: "Tokenizer", settings: TokenizerSettings, path: Path)
             continue
         if option == "lowercase" and not count_capitals(stored):
             continue  # with no capital in the vocabulary there is nothing that could be kept
+        remedy = f'"{setting}": {json.dumps(found)}'
+        if option == "clean_text":  # BertTokenizer always does
+            remedy = f'"tokenizer_class": "{PLAIN_CLASSES[0]}"'
         raise ModelError(
-            f"{path}: {option} is {json.dumps(found)}, but {settings.path.name} decides and has no "
-            f'{setting}; put {{"{setting}": {json.dumps(found)}}} into it, or true'
+            f"{path}: {option} is {json.dumps(found)}, but by {settings.path.name} BertTokenizer "
+            f"takes {json.dumps(expected)}; if {json.dumps(found)} is meant, put {{{remedy}}} there"
         )
 
 

@@ -40,7 +40,6 @@ TEXT_SETTINGS = ("do_lower_case", "strip_accents", "tokenize_chinese_chars")
 # Settings that would change ids, and the values that they may have besides null.
 _SUPPORTED: dict[str, list[object]] = {
     "do_basic_tokenize": [True],
-    "never_split": [[]],
     "clean_text": [True],
     "wordpieces_prefix": ["##"],
     "truncation_side": ["right"],
@@ -174,6 +173,18 @@ def _check_values(values: dict[str, Any], path: Path) -> None:
         if value is not None and value not in supported:
             remedy = f"expected {' or '.join(map(shown, supported))}" if supported else "remove it"
             raise ModelError(f"{path}: {name} is {shown(value)}, which is not supported; {remedy}")
+    never_split = values.get("never_split") or []
+    if not isinstance(never_split, list) or not {*map(str, never_split)} <= _never_split(values):
+        raise ModelError(
+            f"{path}: never_split is {shown(never_split)}, which is not followed, but for special "
+            "tokens; remove it (transformers does not follow it either)"
+        )
+
+
+def _never_split(values: dict[str, Any]) -> set[str]:
+    """Special tokens, which are not split anyway."""
+    named = [values.get(setting, default) for setting, default in SPECIAL_TOKENS.items()]
+    return {token for token in named if isinstance(token, str)}
 
 
 def _named_tokens(

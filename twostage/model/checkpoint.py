@@ -114,7 +114,7 @@ def read_config(path: Path) -> tuple[BertConfig, dict[str, Any]]:
         "add_cross_attention": (False,),
     }
     for name, values in supported.items():
-        if name in raw and raw[name] not in values:
+        if raw.get(name) is not None and raw[name] not in values:
             raise ModelError(
                 f"{path}: {name} is {raw[name]!r}; supported: {', '.join(map(repr, values))}"
             )
