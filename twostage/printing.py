@@ -1,5 +1,6 @@
 """Text for people: tables, and names that came from outside."""
 
+import json
 import math
 import re
 import unicodedata
@@ -34,8 +35,7 @@ def visible(text: str) -> str:
 
 def quoted(name: object) -> str:
     """A class or column as messages name it: in quotes, visible, at most 60 characters."""
-    text = str(name)
-    return f"'{visible(text if len(text) <= 60 else text[:60] + '…')}'"
+    return f"'{_cut(str(name))}'"
 
 
 def shorten(value: object) -> str:
@@ -44,7 +44,16 @@ def shorten(value: object) -> str:
         shown = repr(value)
     except ValueError:  # an integer of more digits than Python prints
         shown = f"a value of type {type(value).__name__}"
-    return visible(shown if len(shown) <= 60 else shown[:60] + "…")
+    return _cut(shown)
+
+
+def as_json(value: object) -> str:
+    """A value as JSON has it, in at most 60 characters."""
+    return _cut(json.dumps(value, ensure_ascii=False))
+
+
+def _cut(text: str) -> str:
+    return visible(text if len(text) <= 60 else text[:60] + "…")
 
 
 def list_some(items: Sequence[str], limit: int, separator: str = "; ") -> str:

@@ -9,13 +9,12 @@ What would change ids and is not followed is refused by name. That includes what
 not alike: which of them counts differs between versions of transformers.
 """
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ModelError
 from ..model_folder import CONFIG, SAVED_MODEL_TYPE, read_object
-from ..printing import quoted, visible
+from ..printing import as_json, quoted
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -130,15 +129,9 @@ def read_token(value: object, path: Path, name: str) -> "AddedToken":
         return AddedToken(fields.pop("content"), **fields)
     except (KeyError, TypeError, UnicodeEncodeError):
         raise ModelError(
-            f"{path}: {name} is {shown(value)}; expected a token, or an object with content, "
+            f"{path}: {name} is {as_json(value)}; expected a token, or an object with content, "
             "lstrip, rstrip, single_word, normalized and special"
         ) from None
-
-
-def shown(value: object) -> str:
-    """A value as JSON has it, in at most 60 characters."""
-    text = json.dumps(value, ensure_ascii=False)
-    return visible(text if len(text) <= 60 else text[:60] + "…")
 
 
 def _is_plain(
@@ -155,7 +148,7 @@ def _is_plain(
         if name in classes or name in [f"{known}Fast" for known in classes]:
             return is_plain
     raise ModelError(
-        f"{path}: tokenizer_class is {shown(name)}; expected BERT's word pieces, by "
+        f"{path}: tokenizer_class is {as_json(name)}; expected BERT's word pieces, by "
         f"{', '.join(BERT_CLASSES)} or {PLAIN_CLASSES[0]}"
     )
 
@@ -166,18 +159,21 @@ def _check_values(values: dict[str, Any], path: Path) -> None:
         value = values.get(name, False)
         if not isinstance(value, bool) and (value is not None or name != "strip_accents"):
             raise ModelError(
-                f"{path}: {name} is {shown(value)}, of the wrong type; expected true or false"
+                f"{path}: {name} is {as_json(value)}, of the wrong type; expected true or false"
             )
     for name, supported in _SUPPORTED.items():
         value = values.get(name)
         if value is not None and value not in supported:
-            remedy = f"expected {' or '.join(map(shown, supported))}" if supported else "remove it"
-            raise ModelError(f"{path}: {name} is {shown(value)}, which is not supported; {remedy}")
+            listed = " or ".join(map(as_json, supported))
+            remedy = f"expected {listed}" if supported else "remove it"
+            raise ModelError(
+                f"{path}: {name} is {as_json(value)}, which is not supported; {remedy}"
+            )
     never_split = values.get("never_split") or []
     if not isinstance(never_split, list) or not {*map(str, never_split)} <= _never_split(values):
         raise ModelError(
-            f"{path}: never_split is {shown(never_split)}, which is not followed, but for special "
-            "tokens; remove it (transformers does not follow it either)"
+            f"{path}: never_split is {as_json(never_split)}, which is not followed, but for "
+            "special tokens; remove it (transformers does not follow it either)"
         )
 
 
@@ -228,7 +224,7 @@ def _extra_tokens(
     if isinstance(extra, dict):
         extra, with_names = [], extra
     if not isinstance(extra, list) or not isinstance(with_names, dict):
-        raise ModelError(f"{path}: {settings[0]} is {shown(extra)}; expected a list or an object")
+        raise ModelError(f"{path}: {settings[0]} is {as_json(extra)}; expected a list or an object")
     for name in with_names:
         if name in SPECIAL_TOKENS or name in values or name in in_map:
             raise ModelError(f"{path}: {quoted(name)} is said twice, as an extra special token too")
@@ -237,7 +233,7 @@ def _extra_tokens(
 
 def _read_decoder(described: object, path: Path) -> "dict[int, AddedToken]":
     if not isinstance(described, dict):
-        raise ModelError(f"{path}: added_tokens_decoder is {shown(described)}, not an object")
+        raise ModelError(f"{path}: added_tokens_decoder is {as_json(described)}, not an object")
     added = {}
     for index, token in described.items():
         if not index.isdecimal():
@@ -251,7 +247,7 @@ def _read_added_tokens(path: Path, special: set[str]) -> "dict[int, AddedToken]"
     added = {}
     for token, index in read_object(path).items():
         if not isinstance(index, int) or isinstance(index, bool):
-            raise ModelError(f"{path}: {quoted(token)} has the id {shown(index)}")
+            raise ModelError(f"{path}: {quoted(token)} has the id {as_json(index)}")
         is_special = token in special
         described = {"content": token, "normalized": not is_special, "special": is_special}
         added[index] = read_token(described, path, quoted(token))
