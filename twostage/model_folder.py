@@ -43,10 +43,11 @@ _OTHER_WEIGHTS = {
     "openvino_model.bin": "OpenVINO",
     ".tflite": "TensorFlow Lite",
 }
-_EXPECTED = (
+EXPECTED = (
     f"give one that holds {CONFIG}, {WEIGHTS} and {TOKENIZERS[0]} (`twostage fetch demo` makes "
     "demo/model)"
 )
+"""What to give in the place of a folder that holds no model."""
 _POINTER = b"version https://git-lfs"
 _CONVERSION = (
     "import glob, torch, safetensors.torch as s; "
@@ -56,7 +57,7 @@ _CONVERSION = (
 )
 
 
-def check_folder(folder: Path, expected: str = _EXPECTED, *, hides_hub_name: bool = False) -> None:
+def check_folder(folder: Path, expected: str = EXPECTED, *, hides_hub_name: bool = False) -> None:
     """Raise ModelError for what is no folder, or none that can hold a model.
 
     expected: what to give instead. hides_hub_name: whether a model of the Hugging Face Hub may have

@@ -23,6 +23,7 @@ from ..errors import DownloadError, ModelError, TwoStageError, UsageError, writi
 from ..model_folder import (
     ADAPTERS,
     CONFIG,
+    EXPECTED,
     INDEX,
     TOKENIZER_SETTINGS,
     TOKENIZERS,
@@ -64,9 +65,8 @@ def find_model(
         if os.path.isfile(name):
             check_folder(Path(name))
         raise ModelError(
-            f"there is no model folder '{name}'; give one that holds {CONFIG}, {WEIGHTS} and "
-            f"{TOKENIZERS[0]} (`twostage fetch demo` makes demo/model) or the name of a model on "
-            "the Hugging Face Hub"
+            f"there is no model folder '{name}'; {EXPECTED} or the name of a model on the Hugging "
+            "Face Hub"
         )
     return _find_on_hub(name, say, show_progress)
 
