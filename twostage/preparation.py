@@ -15,7 +15,7 @@ from .data.classes import Classes, find_classes, warn_of_twins
 from .data.containers import LabelledTexts, Table, as_table
 from .data.tokenization import check_vocabulary, load_tokenizer, tokenize
 from .errors import DataError
-from .model.checkpoint import Checkpoint, load_checkpoint, read_config
+from .model.checkpoint import Checkpoint, load_weights, read_config
 from .model_folder import CONFIG, check_folder
 from .printing import quoted
 from .recipe import Recipe
@@ -83,7 +83,7 @@ def prepare_run(
     tokenizer = load_tokenizer(folder)
     check_vocabulary(tokenizer, config.vocab_size, folder)
     recipe.check_fit(config, str(model))
-    checkpoint = load_checkpoint(folder)  # last: it may have notes, and no error is to follow them
+    checkpoint = load_weights(folder, config)  # last: no error is to follow the notes it may have
 
     tables = [as_table(train, "train data"), as_table(test, "test data")]
     if recipe.needs_augmented:

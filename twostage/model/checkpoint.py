@@ -84,6 +84,11 @@ def load_checkpoint(folder: str | Path) -> Checkpoint:
     folder = Path(folder)
     check_folder(folder)
     config, _ = read_config(folder / CONFIG)
+    return load_weights(folder, config)
+
+
+def load_weights(folder: Path, config: BertConfig) -> Checkpoint:
+    """The weights of a folder whose `config.json` has been read. Raises ModelError."""
     return Checkpoint(config, from_stored(read_tensors(folder), config, str(folder)))
 
 
