@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,8 +33,8 @@ def facts(
     return find_facts(prepare_run(model, train, test, recipe, augmented))
 
 
-def with_texts(table: Table, texts: Sequence[str], label: object = 1) -> Table:
-    return Table([*table.texts, *texts], [*table.labels, *[label] * len(texts)])  # type: ignore[list-item]
+def with_texts(table: Table, texts: Sequence[str], label: str | int = 1) -> Table:
+    return Table([*table.texts, *texts], [*table.labels, *[label] * len(texts)])
 
 
 def test_nothing_is_said_of_clean_data(tiny: Path) -> None:
@@ -129,12 +130,12 @@ def test_texts_under_two_classes_are_counted_with_their_rows(tiny: Path) -> None
     ],
 )
 def test_the_weights_of_stage_1_are_said(
-    tiny: Path, changes: dict[str, object], weights: str | None
+    tiny: Path, changes: dict[str, Any], weights: str | None
 ) -> None:
     """On the demo's counts, where the effective number's ratio is known to be 7.56."""
     texts = [f"film {i}" for i in range(7_300)]
     train = Table(texts, [0] * 663 + [1] * 6_637)
-    recipe = replace(RECIPE, **{"method": "reweight", **changes})  # type: ignore[arg-type]
+    recipe = replace(RECIPE, **{"method": "reweight", **changes})
     said = facts(tiny, train, recipe=recipe)
     if weights is None:
         assert said == []

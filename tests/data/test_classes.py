@@ -316,6 +316,6 @@ def test_names_with_marks_in_them_are_names(labels: list[str]) -> None:
 
 
 @pytest.mark.parametrize("label", [["a", "b"], ("a",), {"a"}, np.array([0, 1]), {"a": 1}])
-def test_a_list_for_a_label_is_declined(label: object) -> None:
+def test_a_list_for_a_label_is_declined(label: Any) -> None:
     with pytest.raises(DataError, match=r"row 1: the label is .*multi-label data are not"):
-        Table(["x", "y"], ["a", label])  # type: ignore[list-item]
+        Table(["x", "y"], ["a", label])
