@@ -42,6 +42,7 @@ setup(
         "twostage.assets",
         "twostage.augmentation",
         "twostage.data",
+        "twostage.fast",
         "twostage.kernels",
         "twostage.model",
         "twostage.training",

@@ -83,11 +83,11 @@ OTHERS_SECONDS = 20.0
 TESTS = (
     # The most telling first: what nothing but a GPU can run, and what would explain all the rest.
     "tests/kernels/test_attention.py",
-    "tests/training/test_graphs.py",
+    "tests/fast/test_graphs.py",
     "tests/test_benchmarks.py::test_the_graphs_of_p4_train_as_its_single_steps_do",
-    "tests/training/test_kernels_in_training.py",
+    "tests/fast/test_kernels_in_training.py",
     "tests/test_device.py",
-    "tests/training/test_masks.py",
+    "tests/fast/test_randomness.py",
     # One by one: pytest would move attention's, named above, to its folder. Compilation for sm_80
     # and sm_90 is left out, as it learns nothing from a GPU.
     *(

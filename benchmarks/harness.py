@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import pairwise
@@ -25,9 +25,11 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
+from twostage.fast.step import Step
 from twostage.files import replacing
+from twostage.machine import choose_device
 from twostage.report import describe_machine, describe_versions
-from twostage.training.precision import choose_device
+from twostage.training.stage import MakeStep, TakeStep
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -37,8 +39,10 @@ class Enough(Exception):
 
 
 class StepClock:
-    """The time of each training step, taken as its loss is computed: at the same place in every
-    loop, whoever wrote it.
+    """The time of each training step, from one tick to the next.
+
+    A loop ticks once a step, always at the same place: where a step has returned, or where its loss
+    is computed.
 
     On a GPU the host runs ahead, so the ticks are events on the device's own time line. The first
     `warmup` steps are left out of every figure but `warmup_seconds`. A profiler, if given, sees the
@@ -63,7 +67,7 @@ class StepClock:
         self.losses: list[torch.Tensor] = []
         self.began = self.warmup_seconds = 0.0
         self.capture_seconds = 0.0
-        """Of these, spent on recording graphs; for the loop to say."""
+        """Spent on compiling kernels and recording graphs; for the loop to say."""
 
     def start(self) -> None:
         """The warm-up begins."""
@@ -94,7 +98,7 @@ class StepClock:
         return lambda *arguments: self.tick(loss_function(*arguments))
 
     def step_seconds(self) -> np.ndarray:
-        """[steps]: from the loss of one step to the loss of the next."""
+        """[steps]: from the tick of one step to that of the next."""
         synchronize(self.device)
         assert len(self.ticks) == self.warmup + self.steps + 1, "one tick a step, and a last one"
         measured = self.ticks[self.warmup :]
@@ -105,6 +109,39 @@ class StepClock:
     def mean_loss(self, first: int, last: int) -> float:
         """Over the steps from `first` to `last`, counted from 0, both included."""
         return float(torch.stack(self.losses[first : last + 1]).float().mean())
+
+
+def watch_steps(
+    make_step: MakeStep,
+    on_end: Callable[[float], object],
+    on_step: Callable[[torch.Tensor], object] | None = None,
+) -> MakeStep:
+    """Ours with the same steps, watched from outside: the loss stays the function that it is.
+
+    on_end: called once a stage, however it ends, with the seconds that went into compiling kernels
+    and recording graphs. on_step: called after each step with its loss, in memory that the next
+    replay of a graph writes to.
+    """
+
+    @contextmanager
+    def make_watched(*arguments: Any) -> Iterator[TakeStep]:
+        with make_step(*arguments) as step:
+            assert isinstance(step, Step), "the fast step, which counts these seconds"
+
+            def take_step(
+                rows_B: np.ndarray, number: int, learning_rate: float
+            ) -> tuple[torch.Tensor, torch.Tensor]:
+                loss, grad_norm = step(rows_B, number, learning_rate)
+                if on_step is not None:
+                    on_step(loss)
+                return loss, grad_norm
+
+            try:
+                yield take_step
+            finally:
+                on_end(step.capture_seconds)
+
+    return make_watched
 
 
 def synchronize(device: torch.device) -> None:

@@ -52,7 +52,7 @@ from torch.nn import functional as F
 
 from twostage.kernels.adamw import adamw_, reference_adamw_
 from twostage.kernels.attention import packed_attention, packed_layout
-from twostage.kernels.cross_entropy import fused_cross_entropy, reference_cross_entropy
+from twostage.kernels.cross_entropy import fused_cross_entropy
 from twostage.kernels.dropout import DropoutCounters
 from twostage.kernels.embedding import embed_tokens, reference_embed_tokens
 from twostage.kernels.flash_attention import can_flash, flash_attention
@@ -61,6 +61,7 @@ from twostage.kernels.residual_norm import (
     dropout_residual_norm,
     reference_dropout_residual_norm,
 )
+from twostage.training.losses import ldam
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 P, EPS = 0.1, 1e-12
@@ -555,7 +556,7 @@ def cross_entropy_cases(device: torch.device) -> list[CaseOf]:
                 logits_BC, labels_B, weights_C, margins_C, 1.0, "triton"
             ),
             plain,
-            lambda logits_BC: reference_cross_entropy(logits_BC, labels_B, weights_C, margins_C),
+            lambda logits_BC: ldam(logits_BC, labels_B, margins_C, weights_C),
             forward_bytes=size,
             backward_bytes=size,
         )

@@ -40,14 +40,13 @@ from predict_throughput import MAX_LENGTH, prepare_folder
 from workload import NUM_RANDOM_TEXTS, make_parser
 
 from twostage.data.classes import find_classes
-from twostage.data.packing import TokenStore
 from twostage.data.tables import Table, read_table, write_table
+from twostage.data.token_store import StageData, TokenStore
 from twostage.data.tokenization import load_tokenizer, tokenize
 from twostage.facts import find_facts
 from twostage.model.checkpoint import load_checkpoint
 from twostage.preparation import Datasets, PreparedRun
 from twostage.recipe import Recipe
-from twostage.training.stage import StageData
 
 
 def main() -> None:
@@ -112,7 +111,7 @@ def run_ours(path: Path, model: Path) -> dict[str, Any]:
     test = Table(table.texts[:few], table.labels[:few])
     offsets = data.store.offsets[: few + 1]
     test_data = StageData(TokenStore(data.store.ids[: offsets[-1]], offsets), data.labels_N[:few])
-    sets = Datasets(data, data, test_data, len(classes))
+    sets = Datasets(data, test_data, len(classes))
     run = PreparedRun(Recipe(), model, checkpoint, tokenizer, table, test, None, classes, sets)
     facts = find_facts(run)
     ended = perf_counter()

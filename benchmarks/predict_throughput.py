@@ -47,13 +47,13 @@ from workload import CLS, SEP, SHAPES, make_parser, needed_flops, random_checkpo
 from twostage.assets.data_sets import fetch_demo
 from twostage.data.tables import read_table, write_table
 from twostage.data.tokenization import load_tokenizer, tokenize
+from twostage.machine import choose_device
 from twostage.memory import keep_freed_memory
 from twostage.model.bert import BertClassifier
 from twostage.model.checkpoint import build_model, load_checkpoint, to_stored
 from twostage.saved_model import ModelInfo, load_model, save_model
 from twostage.training.evaluation import predict_logits
 from twostage.training.metrics import softmax
-from twostage.training.precision import choose_device
 
 SEED = 7
 MAX_LENGTH = 128

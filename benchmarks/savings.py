@@ -23,14 +23,14 @@ from workload import MODELS
 
 from twostage.assets.data_sets import fetch_demo
 from twostage.data.packing import pack
+from twostage.fast import step, trunk
 from twostage.kernels import dropout, padded_attention, residual_norm
 from twostage.kernels.attention import PackedLayout
 from twostage.model import bert
-from twostage.training import stage
 
 
 def keep_the_whole_vocabulary() -> None:
-    put(stage, "renumber_tokens", lambda store: (store, None))
+    put(step, "renumber_tokens", lambda store: (store, None))
 
 
 def compute_the_whole_last_layer() -> None:
@@ -49,7 +49,7 @@ def compute_the_whole_last_layer() -> None:
 
 
 def run_the_trunk_at_every_step() -> None:
-    put(stage, "count_frozen_layers", lambda model: 0)
+    put(trunk, "count_frozen_layers", lambda model: 0)
 
 
 def give_each_text_a_strip() -> None:

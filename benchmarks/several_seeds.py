@@ -13,7 +13,6 @@ between tokenising and writing: building the models, both stages, one epoch each
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -26,6 +25,7 @@ from harness import (
     run_jobs,
     save,
     synchronize,
+    watch_steps,
 )
 from workload import (
     SHAPES,
@@ -37,14 +37,13 @@ from workload import (
     sst2_texts,
 )
 
+from twostage.api import choose_step, train_one_seed
 from twostage.assets.data_sets import fetch_demo
-from twostage.data.packing import TokenStore
+from twostage.data.token_store import StageData, TokenStore
+from twostage.machine import choose_device
 from twostage.memory import keep_freed_memory
 from twostage.preparation import Datasets
 from twostage.recipe import Recipe
-from twostage.training.precision import choose_device
-from twostage.training.stage import StageData, StepReport
-from twostage.two_stage import compute_stage_1_features, train_one_seed
 
 TEST_SHARE = 872 / SST2_TEXTS
 """Texts to evaluate for each to train on: SST-2's."""
@@ -100,24 +99,19 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     keep_freed_memory()
     workload = choose_workload(job)
     train, test = split(workload.data, job["texts"])
-    data = Datasets(train, train, test, 2)
+    data = Datasets(train, test, 2)
     seeds = SEEDS[: job["seeds"]]
     recipe = Recipe(seeds=seeds, device=job["device"], precision="bf16", **RUNS[job["run"]])
-    captures: dict[tuple[int, int], float] = {}
-
-    def note(report: StepReport) -> None:
-        captures[report.seed, report.stage] = report.capture_seconds
-
+    captures: list[float] = []  # of each stage of each seed
     memory = MemoryPeak(device)
     memory.reset()
     began = perf_counter()
-    if recipe.share_trunk:
-        features = compute_stage_1_features(workload.checkpoint, data, recipe, device)
-        data = replace(data, stage_1_features=features)
+    make_step = choose_step(workload.checkpoint, data, recipe)  # computes what the seeds share
     synchronize(device)
     shared_seconds = perf_counter() - began
+    make_step = watch_steps(make_step, captures.append)
     results = [
-        train_one_seed(workload.checkpoint, data, recipe, seed, device, note)[1] for seed in seeds
+        train_one_seed(workload.checkpoint, data, recipe, seed, make_step)[1] for seed in seeds
     ]
     synchronize(device)
     seconds = perf_counter() - began
@@ -127,7 +121,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
         "stage_1_seconds": [result.seconds_stage_1 for result in results],
         "stage_2_seconds": [result.seconds_stage_2 for result in results],
         "evaluation_seconds": [result.seconds_evaluation for result in results],
-        "capture_seconds": sum(captures.values()),
+        "capture_seconds": sum(captures),
         "examples_per_second": 2 * len(seeds) * len(train) / seconds,
         "peak_memory_mib": round(memory.read() / 2**20),
         "tail_f1": [float(result.metrics.f1_C[0]) for result in results],

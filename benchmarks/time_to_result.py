@@ -37,10 +37,10 @@ from workload import make_parser
 from twostage.data.downsampling import downsample
 from twostage.data.samplers import random_batches
 from twostage.data.tables import Classes, Table, find_classes, read_table, write_table
+from twostage.machine import choose_device
 from twostage.model.checkpoint import build_model, load_checkpoint
 from twostage.report import summarize
 from twostage.training.metrics import compute_metrics
-from twostage.training.precision import choose_device
 from twostage.training.state import HEAD_STREAM, derive_seed
 
 SEED = 7

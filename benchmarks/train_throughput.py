@@ -10,18 +10,22 @@ Prints tables, then one JSON line, and writes both to `benchmarks/results/`. Wit
 only prints the operations on which ours in bf16 spends its time, in both stages at the first of
 the batch sizes, and writes nothing; a full run keeps the same profiles among its results.
 
-Ours is `train_stage` as `twostage train` calls it, in a process that keeps freed memory as that
-command does (`twostage/memory.py`). In stage 2 it has the whole data set before it, hence all of
-its words to train, and is stopped after the steps on the clock. In stage 1 it computes the frozen
-layers for many steps at once, so a few steps say nothing: there the clock runs over a whole epoch,
-from the call of `train_stage` on a fresh model to its return, after a run on another model that
-warms up. A rival gets the texts of the first steps of that epoch, and is timed step by step in both
-stages. `mean loss` is over the same steps for all.
+Ours is `train_stage` with the fast step, as `twostage train` calls it, in a process that keeps
+freed memory as that command does (`twostage/memory.py`). In stage 2 it has the whole data set
+before it, hence all of its words to train, and is stopped after the steps on the clock. In stage 1
+it computes the frozen layers for many steps at once, so a few steps say nothing: there the clock
+runs over a whole epoch, from the call of `train_stage` on a fresh model to its return, after a run
+on another model that warms up. A rival gets the texts of the first steps of that epoch, and is
+timed step by step in both stages. `mean loss` is over the same steps for all.
 
-`ours bf16, graphs` takes whole steps as CUDA graphs (`training/graphs.py`); on a CPU the same steps
-run eagerly. `capture s` is the time that its kernels, and those of `ours bf16, Triton`, take to be
+`ours bf16, graphs` takes whole steps as CUDA graphs (`fast/graphs.py`); on a CPU the same steps run
+eagerly. `capture s` is the time that its kernels, and those of `ours bf16, Triton`, take to be
 compiled for all lengths of text, and the graphs to be recorded: before the first step, so in the
 warm-up, but in stage 1 on the clock.
+
+A step is timed from one tick to the next. Ours ticks when the call of a step returns, and so does
+P4; the other rivals tick where a loss is computed. On a GPU a tick is an event on the device's own
+time line.
 
 `examples/s` counts all of the time on the clock; `at p50` is what it would be if every step took
 the median's, so a gap between the two is the work of a few slow steps. It is empty where the clock
@@ -61,19 +65,22 @@ from harness import (
     run_jobs,
     save,
     synchronize,
+    watch_steps,
 )
+from torch import Tensor
 from workload import Workload, make_parser, make_workload, needed_bytes, needed_flops
 
 from twostage.assets.data_sets import fetch_demo
 from twostage.data.samplers import random_batches
+from twostage.fast.step import make_step
+from twostage.machine import choose_device
 from twostage.memory import keep_freed_memory
 from twostage.model.checkpoint import build_model
-from twostage.training import stage as stage_module
-from twostage.training.losses import Loss, cross_entropy, make_loss
-from twostage.training.precision import choose_device
-from twostage.training.stage import Monitor, StageSettings, StepReport, train_stage
+from twostage.recipe import Recipe
+from twostage.training.losses import Loss, cross_entropy
+from twostage.training.stage import StageSettings, train_stage
 from twostage.training.state import TrainingState
-from twostage.two_stage import freeze_below_top
+from twostage.two_stage import freeze_below_top, stage_1_loss
 
 SEED = 7
 LEARNING_RATES = {1: 1e-4, 2: 1e-5}
@@ -236,7 +243,7 @@ class Case:
 
 
 def make_case(job: dict[str, Any], device: torch.device) -> Case:
-    # One step more than is timed: a step ends where the next computes its loss.
+    # One step more than is timed: the first tick after the warm-up only starts the clock.
     num_texts = (job["warmup"] + job["steps"] + 1) * job["batch_size"]
     dropout, of_data = job.get("dropout", 0.1), job.get("texts")
     workload = make_workload(job["model"], num_texts, Path(job["data"]), dropout, of_data)
@@ -337,39 +344,37 @@ def prepare(
     num_steps = job["warmup"] + job["steps"] + 1  # of a rival
     generator = torch.Generator().manual_seed(SEED)
     ours = build_model(case.workload.checkpoint, 2, generator)
-    counts_C = data.class_counts(2)
     if loop == "ours":
         ours.to(device)
+        loss: Loss = cross_entropy
         if stage == 1:
             freeze_below_top(ours, 1)
-        impl = settings.get("impl", "torch")
-        if stage == 1:
-            loss = make_loss("ldam", "effective", counts_C, device, impl=impl)
-        else:
-            loss = partial(cross_entropy, impl=impl)
-        graphs = settings.get("graphs", False)
+            loss = stage_1_loss(data, 2, Recipe(), device)
         stage_settings = StageSettings(
-            epochs=1,
-            learning_rate=learning_rate,
-            batch_size=batch_size,
-            dtype=torch.bfloat16 if settings["bf16"] else torch.float32,
-            impl=impl,
-            graphs=graphs,
-            schedule_steps=num_steps,
+            epochs=1, learning_rate=learning_rate, batch_size=batch_size, schedule_steps=num_steps
         )
-        # With the kernels, the loss is also called to compile them, and in graphs it never is.
-        counted = impl == "triton"
-        watched = tick_after_each_step(clock, loss, device) if counted else clock.watch(loss)
-        state = TrainingState(SEED, ours, stage=stage)
+        graphs = settings.get("graphs", False)
 
-        def note(report: StepReport) -> None:
-            clock.capture_seconds = report.capture_seconds
+        def note(seconds: float) -> None:
+            clock.capture_seconds = seconds
 
-        return lambda: train_stage(state, data, watched, stage_settings, on_report=note)
+        def tick(loss: Tensor) -> None:
+            clock.tick(loss.clone() if graphs else loss)  # every replay writes to the same memory
+
+        make = partial(make_step, impl=settings.get("impl", "torch"), graphs=graphs)
+        return partial(
+            train_stage,
+            TrainingState(SEED, ours, stage=stage),
+            data,
+            loss,
+            stage_settings,
+            dtype=torch.bfloat16 if settings["bf16"] else torch.float32,
+            make_step=watch_steps(make, on_end=note, on_step=tick),
+        )
 
     import peers
 
-    loss = peers.stage_loss(stage, counts_C, device)
+    loss = peers.stage_loss(stage, data.class_counts(2), device)
     attention = "eager" if loop == "P0" else "sdpa"
     if settings.get("packed"):
         attention = peers.PACKED
@@ -403,27 +408,6 @@ def prepare(
     )
 
 
-def tick_after_each_step(clock: StepClock, loss_function: Loss, device: torch.device) -> Loss:
-    """The same loss; the clock ticks where the loop counts a step, whoever calls the loss.
-
-    In this process, all stages from now on tick.
-    """
-    last_loss = torch.zeros((), device=device)
-
-    def watched(logits_BC: torch.Tensor, labels_B: torch.Tensor) -> torch.Tensor:
-        loss = loss_function(logits_BC, labels_B)
-        last_loss.copy_(loss.detach())  # in a graph, at every replay
-        return loss
-
-    class TickingMonitor(Monitor):
-        def report(self, *arguments: Any) -> StepReport | None:
-            clock.tick(last_loss.clone())
-            return super().report(*arguments)
-
-    put(stage_module, "Monitor", TickingMonitor)
-    return watched
-
-
 def compile_layers(backend: str) -> None:
     """Put every layer of our encoder under torch.compile, in this process.
 
@@ -441,8 +425,9 @@ def compile_layers(backend: str) -> None:
         (bert, "first_token_attention"),
     ):
         setattr(module, name, torch.compiler.disable(getattr(module, name)))
-    forward = torch.compile(bert.BertLayer.forward, dynamic=True, backend=backend)
-    put(bert.BertLayer, "forward", forward)
+    for name in ("forward", "forward_first_tokens"):
+        whole = getattr(bert.BertLayer, name)
+        put(bert.BertLayer, name, torch.compile(whole, dynamic=True, backend=backend))
 
 
 def make_profiler(device: torch.device) -> torch.profiler.profile:

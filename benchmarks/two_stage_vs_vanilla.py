@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from harness import RESULTS, describe_environment, markdown_table, save
 
+from twostage.api import Result
 from twostage.assets.data_sets import fetch_demo
 from twostage.augmentation.folder import edit_folder
 from twostage.augmentation.paraphrase import EditSettings
@@ -33,7 +34,6 @@ from twostage.data.downsampling import downsample_folder
 from twostage.demo import DEMO_RECIPE, demo_runs, folder_name
 from twostage.experiment import read_data, run_experiment
 from twostage.report import describe_arithmetic, summarize
-from twostage.two_stage import Result
 
 
 def main() -> None:

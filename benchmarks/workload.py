@@ -25,12 +25,12 @@ from harness import RESULTS
 
 from twostage.assets.data_sets import fetch_demo
 from twostage.data.downsampling import downsample
-from twostage.data.packing import TokenStore
 from twostage.data.tables import read_table
+from twostage.data.token_store import StageData, TokenStore
 from twostage.data.tokenization import load_tokenizer, tokenize
-from twostage.model.bert import HEAD_SIZE, Bert, BertConfig
+from twostage.model.bert import HEAD_SIZE, Bert
 from twostage.model.checkpoint import Checkpoint, load_checkpoint
-from twostage.training.stage import StageData
+from twostage.model.config import BertConfig
 
 HISTOGRAM = Path(__file__).parent / "snippet_histogram.json"
 SST2_HISTOGRAM = HISTOGRAM.with_name("sst2_histogram.json")

@@ -90,15 +90,16 @@ class PackedLayout:
         return padded_block(self.on_host).to(self.cu_seqlens.device)
 
 
-def packed_layout(cu_seqlens: Tensor) -> PackedLayout:
-    """For texts that start at `cu_seqlens` ([B+1] integer, from 0 to N), on its device.
+def packed_layout(cu_seqlens: Tensor, device: torch.device | None = None) -> PackedLayout:
+    """For texts that start at `cu_seqlens` ([B+1] integer, from 0 to N), on `device`.
 
-    On a GPU that waits for the device; `data.packing.pack` does not.
+    device: None: that of `cu_seqlens`. From the CPU to a GPU there is no host sync; reading
+    `cu_seqlens` from a GPU is one.
     """
-    on_host = cu_seqlens.cpu()
-    return PackedLayout(
-        cu_seqlens.int(), cu_seqlens[:-1].long(), int(on_host.diff().max()), on_host
-    )
+    on_host, on_device = cu_seqlens.cpu(), cu_seqlens.int()
+    if device is not None and device.type != "cpu" and cu_seqlens.device.type == "cpu":
+        on_device = on_device.pin_memory().to(device, non_blocking=True)
+    return PackedLayout(on_device, on_device[:-1].long(), int(on_host.diff().max()), on_host)
 
 
 def packed_attention(

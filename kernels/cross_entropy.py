@@ -62,26 +62,6 @@ def fused_cross_entropy(
     return loss
 
 
-def reference_cross_entropy(
-    logits_BC: Tensor,
-    labels_B: Tensor,
-    class_weights_C: Tensor | None = None,
-    margins_C: Tensor | None = None,
-    scale: float = 1.0,
-) -> Tensor:
-    """The same function, written as the formula and differentiated by autograd."""
-    z_BC = logits_BC.to(_loss_dtype(logits_BC))
-    one_hot_BC = torch.nn.functional.one_hot(labels_B, logits_BC.shape[1]).to(z_BC.dtype)
-    if margins_C is not None:
-        z_BC = z_BC - one_hot_BC * margins_C.to(z_BC.dtype)
-    log_probabilities_BC = torch.log_softmax(scale * z_BC, dim=1)
-    negative_log_likelihood_B = -(one_hot_BC * log_probabilities_BC).sum(dim=1)
-    if class_weights_C is None:
-        return negative_log_likelihood_B.mean()
-    weights_B = class_weights_C.to(z_BC.dtype)[labels_B]
-    return (weights_B * negative_log_likelihood_B).sum() / weights_B.sum()
-
-
 class _TorchCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(

@@ -21,8 +21,8 @@ if not torch.cuda.is_available():
 
 from twostage.assets.data_sets import fetch_demo
 from twostage.data.tables import Table, read_table
-from twostage.model.bert import BertConfig
 from twostage.model.checkpoint import Checkpoint, tensor_names
+from twostage.model.config import BertConfig
 
 # The same examples in every run, and no limit on a time that other work on the machine decides.
 settings.register_profile("twostage", deadline=None, derandomize=True)

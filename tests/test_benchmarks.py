@@ -4,6 +4,8 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from time import sleep
@@ -17,13 +19,18 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from twostage.data.samplers import random_batches
-from twostage.model.bert import BertConfig
+from twostage.fast import step as step_module
+from twostage.fast import trunk as trunk_module
+from twostage.fast.graphs import StepGraphs, bucket_of
+from twostage.fast.step import Step
+from twostage.fast.trunk import compute_features
+from twostage.fast.weights import FlatWeights
+from twostage.kernels.cross_entropy import fused_cross_entropy
 from twostage.model.checkpoint import build_model
-from twostage.training import stage as stage_module
-from twostage.training import trunk as trunk_module
-from twostage.training.graphs import StepGraphs, bucket_of
-from twostage.training.precision import WorkingCopy
-from twostage.training.trunk import compute_features
+from twostage.model.config import BertConfig
+from twostage.training.losses import cross_entropy
+from twostage.training.stage import StageSettings, train_stage
+from twostage.training.state import TrainingState
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TRAIN_THROUGHPUT = BENCHMARKS / "train_throughput.py"
@@ -66,7 +73,7 @@ def test_without_dropout_every_rival_has_our_losses(
 
     ours = train_throughput.run_job(job("ours fp32"))["mean_loss"]
     untrained = train_throughput.run_job(job("ours fp32", 0.0))["mean_loss"]
-    # Other batches; and, interpreted, too slow: tests/training/test_kernels_in_training.py has it.
+    # Other batches; and, interpreted, too slow: tests/fast/test_kernels_in_training.py has it.
     others = {"group_by_length", "impl"}
     runs = {name: s for name, (_, s) in train_throughput.RUNS.items() if not others & set(s)}
     assert len(runs) == 11
@@ -80,6 +87,69 @@ def test_without_dropout_every_rival_has_our_losses(
         assert result.get("mean_loss") == pytest.approx(ours, rel=tolerance), (run, result)
 
 
+def test_steps_of_ours_tick_as_they_return_and_tell_of_their_captures_at_the_end(
+    train_throughput: ModuleType, workload: ModuleType
+) -> None:
+    import harness
+
+    events: list[Any] = []
+    data = workload.random_texts(4, 2_000)
+    step = make_small_step(workload, data, [])
+
+    def take(rows_B: np.ndarray, number: int, learning_rate: float) -> Any:
+        events.append(number)
+        step.capture_seconds += 1.5
+        return torch.tensor(0.5), torch.tensor(0.7)
+
+    @contextmanager
+    def make_step(*arguments: Any) -> Iterator[Step]:
+        events.append("begins")
+        yield step
+
+    def tick(loss: torch.Tensor) -> None:
+        events.append(loss.item())
+        clock.tick(loss)
+
+    step.take = take
+    clock = harness.StepClock(torch.device("cpu"), 0, 1, ends_loop=True)
+    make = harness.watch_steps(make_step, lambda seconds: events.append(("ends", seconds)), tick)
+    settings = StageSettings(epochs=1, learning_rate=0.1, batch_size=1)
+    with pytest.raises(harness.Enough):
+        train_stage(step.state, data, cross_entropy, settings, make_step=make)
+    assert events == ["begins", 0, 0.5, 1, 0.5, ("ends", 3.0)]
+    assert len(clock.step_seconds()) == 1
+
+
+def make_small_step(workload: ModuleType, data: Any, batches: list[np.ndarray]) -> Step:
+    """Of a small model, for one epoch of stage 2."""
+    checkpoint = workload.random_checkpoint(workload.SHAPES["tiny"])
+    state = TrainingState(7, build_model(checkpoint, 2, torch.Generator()), stage=2)
+    with FlatWeights(state, torch.bfloat16, impl="triton") as weights:
+        return Step(state, data, cross_entropy, [batches], weights, "triton")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_the_clock_leaves_the_loss_of_ours_one_operation(
+    train_throughput: ModuleType, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    """Around the loss it would stand in the way of the step, which looks at what the loss is."""
+    calls: list[set[str]] = []
+
+    def count(*arguments: Any, **named: Any) -> torch.Tensor:
+        calls.append({name for name, value in named.items() if value is not None})
+        return fused_cross_entropy(*arguments, **named)
+
+    monkeypatch.setattr(step_module, "fused_cross_entropy", count)
+    result = train_throughput.run_job(make_job(train_throughput, "ours bf16", stage))
+    num_steps = 23  # 2 + 20, and one that starts the clock
+    if stage == 1:  # 2 that warm up and a last tick, and an epoch
+        num_steps = 3 + result["texts_timed"] // 4
+    assert len(calls) == num_steps
+    expected = {"impl", "margins_C", "class_weights_C", "scale"} if stage == 1 else {"impl"}
+    assert all(names == expected for names in calls)
+
+
 @pytest.mark.slow
 def test_ours_has_the_whole_data_sets_words_to_train(
     train_throughput: ModuleType, monkeypatch: pytest.MonkeyPatch
@@ -87,12 +157,12 @@ def test_ours_has_the_whole_data_sets_words_to_train(
     """Not those alone that occur in the steps on the clock."""
     used = []
 
-    class Spy(WorkingCopy):
-        def __init__(self, model: Any, dtype: torch.dtype, used_tokens_V: Any, impl: str) -> None:
+    class Spy(FlatWeights):
+        def __init__(self, state: Any, dtype: torch.dtype, used_tokens_V: Any, impl: str) -> None:
             used.append(used_tokens_V.tolist())
-            super().__init__(model, dtype, used_tokens_V, impl)
+            super().__init__(state, dtype, used_tokens_V, impl)
 
-    monkeypatch.setattr(stage_module, "WorkingCopy", Spy)
+    monkeypatch.setattr(step_module, "FlatWeights", Spy)
     job = make_job(train_throughput, "ours bf16", 2)
     train_throughput.run_job(job)
     case = train_throughput.make_case(job, torch.device("cpu"))
@@ -411,6 +481,9 @@ def test_the_gpu_suite_rehearses_on_a_cpu(tmp_path: Path) -> None:
     assert [row["run"] for row in record["rows"]] == runs
     assert [row["stage"] for row in record["rows"]] == [2] * 6 + [1]
     assert all(row["examples_per_second"] > 0 for row in record["rows"])
+    captures = {row["run"]: row["capture_seconds"] for row in record["rows"]}
+    with_kernels = {"ours bf16, graphs", "ours bf16, Triton"}
+    assert {run for run, seconds in captures.items() if seconds > 0} == with_kernels
     for row in record["rows"][:6]:
         at_p50 = 4e3 / row["step_ms_p20_p50_p80"][1]
         assert row["examples_per_second_at_p50"] == pytest.approx(at_p50, rel=0.01)
@@ -530,8 +603,8 @@ def test_every_step_of_the_benchmark_is_replayed(
     data = workload.random_texts(texts, workload.SHAPES["bert-base"].vocab_size)
     batches = random_batches(texts, size, (train_throughput.SEED, 2), epoch=0)
     lengths_N = data.store.lengths.numpy()
-    cpu = torch.device("cpu")
-    graphs = StepGraphs(lambda inputs: None, batches, lengths_N, lambda step: 0.0, cpu)
+    # No step is taken, so a small model will do.
+    graphs = StepGraphs(make_small_step(workload, data, batches), enabled=True)
     buckets = [graphs.find_bucket(rows) for rows in batches]
     assert len(buckets) == 500
     assert None not in buckets

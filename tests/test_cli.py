@@ -8,17 +8,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from twostage.api import Result
 from twostage.cli import main
 from twostage.data.tables import Classes, write_table
 from twostage.experiment import ExperimentData
 from twostage.recipe import Recipe
-from twostage.two_stage import Result
+from twostage.training.optim import adamw_
 
 
 @pytest.fixture
@@ -89,6 +91,24 @@ def test_train_writes_results_as_published_and_prints_the_tail_first(
     assert not list(output.glob("*.partial"))
     # a saved model can be trained further
     assert main(arguments(data, saved, tmp_path / "again", "--seeds", "1", "-e", "0")) == 0
+
+
+def test_the_plain_engine_trains_by_the_plain_step(
+    tiny: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+
+    def update(*arguments: Any) -> None:
+        calls.append("plain")
+        adamw_(*arguments)
+
+    monkeypatch.setattr("twostage.training.stage.adamw_", update)
+    for engine in ("fast", "plain"):
+        assert bool(calls) is False
+        output = tmp_path / engine
+        assert main(arguments(data, tiny, output, "--engine", engine)) == 0
+        assert json.loads((output / "metrics.json").read_text())["settings"]["engine"] == engine
+    assert calls
 
 
 def test_metrics_json_tells_everything_about_every_seed(
@@ -436,6 +456,9 @@ def test_a_bad_setting_is_one_sentence_and_exit_code_2(
     fails(capsys, 2, "the Triton kernels need a CUDA GPU, and the device is cpu", *on_cpu)
     fails(capsys, 2, "graphs need kernels 'triton'; they are 'auto'", *command, "--graphs")
     fails(capsys, 2, "exclude each other", *command, "--cache-trunk", "--share-trunk")
+    fails(capsys, 2, "engine is 'slow'; expected one of fast, plain", *command, "--engine", "slow")
+    plain = (*command, "--engine", "plain")
+    fails(capsys, 2, "engine 'plain' has no share_trunk: leave it out", *plain, "--share-trunk")
     fails(capsys, 2, "threads is 0", *command, "--threads", "0")
     blocked = tmp_path / "file"
     blocked.touch()

@@ -9,11 +9,11 @@ import pytest
 from matplotlib.image import imread
 
 from twostage import demo
+from twostage.api import Result
 from twostage.data.tables import read_table, write_table
 from twostage.errors import UsageError
 from twostage.experiment import ExperimentData, run_experiment
 from twostage.recipe import Recipe
-from twostage.two_stage import Result
 
 
 @pytest.fixture

@@ -4,6 +4,8 @@ Needs no network: the models are small and random.
 """
 
 from collections.abc import Iterator
+from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,21 +13,24 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from twostage.data.packing import TokenStore, pack
+from twostage.data.packing import pack
+from twostage.data.token_store import StageData, TokenStore
 from twostage.errors import NonFiniteError
+from twostage.fast.step import make_step
+from twostage.fast.weights import WORD_EMBEDDINGS
 from twostage.kernels.attention import packed_attention, packed_layout
-from twostage.kernels.cross_entropy import fused_cross_entropy, reference_cross_entropy
+from twostage.kernels.cross_entropy import fused_cross_entropy
 from twostage.kernels.dropout import dropout
 from twostage.kernels.residual_norm import (
     dropout_residual_norm,
     reference_dropout_residual_norm,
 )
 from twostage.model.checkpoint import Checkpoint, build_model
+from twostage.progress import StepReport
 from twostage.training import evaluation
 from twostage.training.evaluation import predict_logits
-from twostage.training.losses import cross_entropy
-from twostage.training.precision import WORD_EMBEDDINGS
-from twostage.training.stage import StageData, StageSettings, StepReport, train_stage
+from twostage.training.losses import cross_entropy, ldam
+from twostage.training.stage import StageSettings, train_stage
 from twostage.training.state import TrainingState
 from twostage.two_stage import freeze_below_top
 
@@ -64,13 +69,22 @@ def run_stage(
     device: torch.device,
     settings: StageSettings,
     stage: int = 2,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[TrainingState, list[StepReport]]:
     model = build_model(checkpoint, 2, torch.Generator().manual_seed(0)).to(device)
     if stage == 1:
         freeze_below_top(model, 1)
     state = TrainingState(7, model, stage=stage)
     reports: list[StepReport] = []
-    train_stage(state, data, cross_entropy, settings, on_report=reports.append)
+    train_stage(
+        state,
+        data,
+        cross_entropy,
+        settings,
+        dtype=dtype,
+        make_step=make_step,
+        on_report=reports.append,
+    )
     return state, reports
 
 
@@ -89,19 +103,20 @@ def test_cross_entropy_is_within_twice_torchs_error_of_float64(
     labels_B = torch.randint(5, (37,), generator=generator)
     weights_C, margins_C = torch.rand(2, 5, generator=generator) + 0.1
 
-    def run(operation: object, logits: Tensor, to: torch.device) -> tuple[Tensor, Tensor]:
+    def run(operation: Any, logits: Tensor, to: torch.device) -> tuple[Tensor, Tensor]:
         leaf = logits.detach().to(to).requires_grad_()
         kind = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        extra = [t.to(to, kind) for t in (weights_C, margins_C)]
-        loss = operation(leaf, labels_B.to(to), *extra, 2.0)  # type: ignore[operator]
+        weights, margins = (t.to(to, kind) for t in (weights_C, margins_C))
+        settings = {"margins_C": margins, "class_weights_C": weights, "scale": 2.0}
+        loss: Tensor = partial(operation, **settings)(leaf, labels_B.to(to))
         loss.backward()
         assert leaf.grad is not None
         return loss, leaf.grad
 
     rounded = logits_BC.to(dtype)
-    exact = run(reference_cross_entropy, rounded.double(), torch.device("cpu"))
+    exact = run(ldam, rounded.double(), torch.device("cpu"))
     ours = run(fused_cross_entropy, rounded, device)
-    theirs = run(reference_cross_entropy, rounded, device)
+    theirs = run(ldam, rounded, device)
     for mine, their, true in zip(ours, theirs, exact, strict=True):
         assert relative_error(mine, true) <= 2 * relative_error(their, true) + 1e-6
 
@@ -183,7 +198,7 @@ def test_logits_equal_those_of_the_float64_model(
     model = build_model(tiny_checkpoint, 2, torch.Generator().manual_seed(0))
     exact_model = build_model(tiny_checkpoint, 2, torch.Generator().manual_seed(0)).double()
     with torch.no_grad():
-        exact_NC = exact_model(**pack(data.store, torch.arange(60)).inputs())
+        exact_NC = exact_model(*pack(data.store, torch.arange(60)))
     monkeypatch.setattr(evaluation, "tokens_at_once", lambda device: 100)
     logits_NC = predict_logits(model.to(device), data.store, dtype=dtype)
     assert logits_NC.device.type == "cpu"
@@ -209,10 +224,10 @@ def test_training_without_dropout_follows_the_cpu_in_fp32(
 def test_training_learns_with_dropout_and_repeats(
     tiny_checkpoint: Checkpoint, data: StageData, device: torch.device, dtype: torch.dtype
 ) -> None:
-    settings = StageSettings(epochs=20, learning_rate=3e-3, batch_size=6, dtype=dtype)
-    reports = run_stage(tiny_checkpoint, data, device, settings)[1]
+    settings = StageSettings(epochs=20, learning_rate=3e-3, batch_size=6)
+    reports = run_stage(tiny_checkpoint, data, device, settings, dtype=dtype)[1]
     assert reports[-1].loss < 0.5 * reports[0].loss
-    again = run_stage(tiny_checkpoint, data, device, settings)[1]
+    again = run_stage(tiny_checkpoint, data, device, settings, dtype=dtype)[1]
     assert again[0].loss == pytest.approx(reports[0].loss, rel=1e-3)
 
 
@@ -230,7 +245,7 @@ def test_a_step_that_is_not_finite_changes_no_weight(
         return cross_entropy(logits_BC, labels_B) * factor
 
     with pytest.raises(NonFiniteError, match="step 4"):
-        train_stage(state, data, loss_function, settings)
+        train_stage(state, data, loss_function, settings, make_step=make_step)
     assert state.step == 3
     for before, (name, parameter) in zip(calls[3], model.named_parameters(), strict=True):
         assert torch.isfinite(parameter).all()
@@ -253,7 +268,7 @@ def test_the_host_waits_for_the_gpu_at_reports_alone(
         return cross_entropy(logits_BC, labels_B)
 
     try:
-        train_stage(state, data, loss_function, settings)
+        train_stage(state, data, loss_function, settings, make_step=make_step)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert state.step == 15

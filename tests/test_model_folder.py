@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from twostage.assets.hub import find_model
 from twostage.cli import main
 from twostage.data.containers import Table
-from twostage.data.packing import TokenStore, pack
+from twostage.data.packing import pack
+from twostage.data.token_store import TokenStore
 from twostage.errors import ModelError, TwoStageWarning
+from twostage.kernels.attention import packed_layout
 from twostage.model.checkpoint import build_model, load_checkpoint
 from twostage.model_folder import INDEX, WEIGHTS, check_folder
 from twostage.preparation import prepare_run
@@ -122,7 +124,8 @@ def test_activations_by_any_name_equal_transformers(tiny: Path, name: str) -> No
     ours = build_model(load_checkpoint(tiny), 2, torch.Generator())
     ids = torch.arange(1_000, 1_012)
     batch = pack(TokenStore(ids.int(), torch.tensor([0, 12])), torch.tensor([0]), round_to=1)
-    hidden_TD = ours.bert(batch.input_ids_T, batch.position_ids_T, batch.layout)
+    layout = packed_layout(batch.cu_seqlens)
+    hidden_TD = ours.bert(batch.input_ids_T, batch.position_ids_T, layout)
     theirs = reference.eval()(ids[None]).last_hidden_state[0]
     torch.testing.assert_close(hidden_TD, theirs, rtol=1e-4, atol=1e-5)
 

@@ -14,21 +14,24 @@ import transformers
 from torch.nn import functional as F
 
 from twostage import Recipe, Table, train_two_stage
+from twostage.api import Result
 from twostage.data.samplers import random_batches
+from twostage.data.token_store import StageData
 from twostage.data.tokenization import load_tokenizer
 from twostage.errors import DataError, ModelError, UsageError
+from twostage.fast import trunk
 from twostage.model.bert import BertClassifier
 from twostage.model.checkpoint import (
     Checkpoint,
     build_model,
     load_checkpoint,
 )
+from twostage.progress import StepReport
+from twostage.recipe import ENGINES
 from twostage.saved_model import ModelInfo, save_model
 from twostage.training import stage as stage_module
-from twostage.training import trunk
-from twostage.training.stage import StageData, StageSettings, StepReport, train_stage
+from twostage.training.stage import StageSettings, train_stage
 from twostage.training.state import HEAD_STREAM, TrainingState, derive_seed
-from twostage.two_stage import Result
 
 TEXTS = ["good film", "fine", "great fun", "bad film", "awful"]
 
@@ -38,6 +41,10 @@ def without_dropout(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory)
     """MiniLM with both dropout probabilities 0."""
     folder = tmp_path_factory.mktemp("model") / "minilm"
     shutil.copytree(demo_folder / "model", folder)
+    return turn_dropout_off(folder)
+
+
+def turn_dropout_off(folder: Path) -> Path:
     config = json.loads((folder / "config.json").read_text())
     config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     (folder / "config.json").write_text(json.dumps(config))
@@ -100,8 +107,9 @@ def losses_of_a_transformers_loop(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ENGINES)
 def test_losses_equal_those_of_a_transformers_loop_for_20_steps_of_each_stage(
-    without_dropout: Path, snippets: Table, monkeypatch: pytest.MonkeyPatch
+    without_dropout: Path, snippets: Table, monkeypatch: pytest.MonkeyPatch, engine: str
 ) -> None:
     monkeypatch.setattr(stage_module, "REPORT_EVERY", 1)
     texts, labels = imbalanced(snippets, positives=280, negatives=40)
@@ -111,6 +119,7 @@ def test_losses_equal_those_of_a_transformers_loop_for_20_steps_of_each_stage(
         learning_rate_stage_2=5e-5,
         precision="fp32",
         device="cpu",
+        engine=engine,
     )
     ours: dict[int, list[float]] = {1: [], 2: []}
     train_two_stage(
@@ -157,6 +166,35 @@ def test_process_wide_random_state_is_neither_read_nor_changed(tiny: Path) -> No
 
 
 @pytest.fixture
+def tiny_without_dropout(tiny: Path) -> Path:
+    return turn_dropout_off(tiny)
+
+
+@pytest.mark.parametrize("method", ["reweight", "augment", "vanilla"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_the_plain_engine_trains_what_the_fast_one_trains(
+    tiny_without_dropout: Path, method: str, precision: str
+) -> None:
+    recipe = replace(
+        RECIPE,
+        method=method,
+        precision=precision,
+        learning_rate_stage_1=5e-3,
+        learning_rate_stage_2=5e-4,
+    )
+    augmented = (TEXTS * 2, [1, 1, 1, 0, 0] * 2) if method == "augment" else None
+    fast, plain = (
+        run(tiny_without_dropout, replace(recipe, engine=engine), augmented=augmented)
+        for engine in ENGINES
+    )
+    untrained = run(tiny_without_dropout, replace(recipe, epochs_stage_1=0, epochs_stage_2=0))
+    for ours, its, start in zip(fast.seeds, plain.seeds, untrained.seeds, strict=True):
+        moved = np.abs(its.logits_NC - start.logits_NC).max()
+        tolerance = 1e-3 if precision == "fp32" else 0.1
+        assert np.abs(ours.logits_NC - its.logits_NC).max() < tolerance * moved
+
+
+@pytest.fixture
 def stages(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What each stage was given; the stages still run."""
     seen: list[dict[str, Any]] = []
@@ -178,7 +216,7 @@ def stages(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         )
         train_stage(state, data, loss, settings, **kw)
 
-    monkeypatch.setattr("twostage.two_stage.train_stage", spy)
+    monkeypatch.setattr("twostage.api.train_stage", spy)
     return seen
 
 
@@ -384,6 +422,11 @@ def test_reports_name_seed_and_stage(tiny: Path) -> None:
         ({"seeds": ("7",)}, "seeds are"),
         ({"seeds": (1.5,)}, "seeds are"),
         ({"batch_size": True}, "batch_size is True"),
+        ({"engine": "slow"}, "engine is 'slow'; expected one of fast, plain"),
+        ({"engine": "plain", "kernels": "triton"}, "engine 'plain' has no kernels 'triton'"),
+        ({"engine": "plain", "graphs": True}, "engine 'plain' has no graphs"),
+        ({"engine": "plain", "share_trunk": True}, "engine 'plain' has no share_trunk"),
+        ({"engine": "plain", "cache_trunk": True}, "engine 'plain' has no cache_trunk"),
         ({"learning_rate_stage_1": "x"}, "learning_rate_stage_1 is 'x'"),
     ],
 )

@@ -213,7 +213,7 @@ def test_the_table_has_the_median_round(time_to_result: ModuleType, count: int) 
 
 @pytest.mark.slow
 def test_without_any_one_saving_the_training_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without dropout: what stands in for it is called, and leaves the losses as they are."""
+    """Without dropout, what stands in for it leaves the losses as they are."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     import savings
 
@@ -242,6 +242,42 @@ def test_without_any_one_saving_the_training_is_the_same(monkeypatch: pytest.Mon
         seen = losses(names, stage)  # each without all of those before it, too
         assert len(seen) == len(names)
         assert seen == pytest.approx([seen[0]] * len(seen), rel=2e-3)
+
+
+@pytest.mark.slow
+def test_what_stands_in_for_a_saving_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put where nobody looks, it would leave the saving in."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import savings
+
+    code = (
+        "import sys, json, savings\n"
+        "put, names, called = savings.put, set(), set()\n"
+        "def note(module, name, stand_in):\n"
+        "    def noted(*arguments, **named):\n"
+        "        called.add(name)\n"
+        "        return stand_in(*arguments, **named)\n"
+        "    if callable(stand_in): names.add(name)\n"
+        "    put(module, name, noted if callable(stand_in) else stand_in)\n"
+        "savings.put = note\n"
+        "for job in json.loads(sys.argv[1]):\n"
+        "    names.clear(), called.clear()\n"
+        "    savings.SAVINGS[job['without']][0]()\n"
+        "    savings.run_job(job)\n"
+        "    print(len(names), len(names & called))"
+    )
+    jobs = [
+        job | {"warmup": 1, "steps": 2}
+        for job in savings.plan(list(savings.SAVINGS), "tiny", "", [4], 24)
+        if job["without"] is not None
+    ]
+    command = [sys.executable, "-c", code, json.dumps(jobs)]
+    out = subprocess.run(command, capture_output=True, check=True, cwd=BENCHMARKS, text=True).stdout
+    counts = [tuple(map(int, line.split())) for line in out.splitlines()]
+    assert len(counts) == len(jobs)
+    for job, (put, called) in zip(jobs, counts, strict=True):
+        rounds = job["without"] == "rounded token counts and lengths"  # numbers, and no function
+        assert put == called == (0 if rounds else 1), job["without"]
 
 
 @pytest.mark.slow

@@ -6,11 +6,11 @@ Start reading at `two_stage.py`. Names below load on first use, so that `import 
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .api import train_two_stage as train_two_stage
     from .data.containers import Table as Table
     from .data.tables import read_table as read_table
     from .errors import TwoStageError as TwoStageError
     from .recipe import Recipe as Recipe
-    from .two_stage import train_two_stage as train_two_stage
 
 __version__ = "0.1.0"
 __all__ = ["Recipe", "Table", "TwoStageError", "read_table", "train_two_stage"]
@@ -20,7 +20,7 @@ _MODULE_OF = {
     "Table": ".data.containers",
     "TwoStageError": ".errors",
     "read_table": ".data.tables",
-    "train_two_stage": ".two_stage",
+    "train_two_stage": ".api",
 }
 
 

@@ -278,6 +278,11 @@ def _add_train(commands: "_Commands[argparse.ArgumentParser]") -> None:
     add("--ldam-max-m", type=float, default=0.5, metavar="X", help="margin of the rarest class")
     add("--sampler", default="random", help="random, class-balanced (stage 1) or token-budget")
     _add_machine(parser)
+    add(
+        "--engine",
+        default="fast",
+        help="fast, or plain: the step as it is defined, slower, for a debugger",
+    )
     add("--kernels", default="auto", help="auto (at present torch), torch, or triton (CUDA GPUs)")
     add("--graphs", action="store_true", help="whole steps as CUDA graphs; with --kernels triton")
     _add_table_options(parser)
@@ -493,9 +498,9 @@ def _find_api_key(options: argparse.Namespace, base_url: str) -> "ApiKey | None"
 def _train(options: argparse.Namespace) -> None:
     from .assets.hub import find_model
     from .experiment import read_data, run_experiment
+    from .machine import check_kernels, choose_device
     from .recipe import Recipe
     from .report import format_results
-    from .training.precision import check_kernels, choose_device
 
     _prepare_process(options.threads)
     recipe = Recipe(
@@ -515,6 +520,7 @@ def _train(options: argparse.Namespace) -> None:
         sampler=options.sampler,
         precision=options.precision,
         device=options.device,
+        engine=options.engine,
         kernels=options.kernels,
         upstream_schedule=options.upstream_schedule,
         graphs=options.graphs,

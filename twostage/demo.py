@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .api import Result
 from .assets.data_sets import fetch_demo, is_demo_complete
 from .data.downsampling import check_draw, downsample_folder
 from .errors import writing_to
@@ -19,7 +20,6 @@ from .experiment import read_data, run_experiment
 from .printing import format_table
 from .recipe import Recipe
 from .report import explain_scores, format_confusion, score_columns, scores
-from .two_stage import Result
 
 # MiniLM is small and wants larger steps than BERT-base, for which the recipe's rates are made.
 DEMO_RECIPE = Recipe(learning_rate_stage_1=5e-4, learning_rate_stage_2=5e-5)

@@ -22,6 +22,7 @@ from dataclasses import astuple, fields
 from pathlib import Path
 from typing import NamedTuple, TextIO, Unpack
 
+from .api import Result, train_seeds
 from .data.classes import Classes, find_classes
 from .data.tables import (
     Table,
@@ -34,8 +35,10 @@ from .data.tables import (
 from .data.tokenization import tokenize
 from .errors import DataError, TwoStageError, TwoStageWarning, writing_to
 from .files import write_json
+from .machine import choose_device, choose_precision
 from .model.bert import BertClassifier
 from .preparation import prepare_run
+from .progress import StepReport
 from .recipe import Recipe
 from .report import (
     MANY_CLASSES,
@@ -48,9 +51,6 @@ from .report import (
 from .saved_model import ModelInfo, load_model, save_model
 from .training.evaluation import predict_logits
 from .training.metrics import Metrics, compute_metrics
-from .training.precision import choose_device, choose_precision
-from .training.stage import StepReport
-from .two_stage import Result, train_seeds
 
 RESULT_FILES = ("results.csv", "ave_sst.csv", "metrics.json", "confusion.csv", "log.csv")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from .data.classes import Classes
-from .data.packing import TokenStore
+from .data.token_store import TokenStore
 from .data.tokenizer_files import count_capitals, lower_cases
 from .model_folder import CONFIG, read_object
 from .preparation import PreparedRun

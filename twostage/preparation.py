@@ -4,7 +4,6 @@ Everything that can be wrong with settings, model or data is found here, the mod
 anything is said about the data.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,15 +12,14 @@ import numpy as np
 
 from .data.classes import Classes, find_classes, warn_of_twins
 from .data.containers import LabelledTexts, Table, as_table
+from .data.token_store import StageData
 from .data.tokenization import check_vocabulary, load_tokenizer, tokenize
 from .errors import DataError
+from .machine import check_kernels, choose_device
 from .model.checkpoint import Checkpoint, load_weights, read_config
 from .model_folder import CONFIG, check_folder
 from .printing import quoted
 from .recipe import Recipe
-from .training.precision import check_kernels, choose_device
-from .training.stage import StageData
-from .training.trunk import Features
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -32,13 +30,16 @@ class Datasets:
     """The tokenised data of a run."""
 
     train: StageData
-    """Imbalanced: stage 2's."""
-    stage_1: StageData
-    """`train` itself (`reweight`) or the augmented data (`augment`)."""
+    """Imbalanced."""
     test: StageData
     num_classes: int
-    stage_1_features: Sequence[Features] = ()
-    """Hidden states of the texts of `stage_1`, for a recipe with `cache_trunk` or `share_trunk`."""
+    augmented: StageData | None = None
+    """Class-balanced; None but for method `augment`."""
+
+    @property
+    def stage_1(self) -> StageData:
+        """What stage 1 is trained on."""
+        return self.train if self.augmented is None else self.augmented
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def prepare_run(
         for table in tables
     ]
     train_data, test_data, *more = map(StageData, stores, labels)
-    data = Datasets(train_data, more[0] if more else train_data, test_data, len(classes))
+    data = Datasets(train_data, test_data, len(classes), *more)
     augmented_table = tables[2] if more else None
     return PreparedRun(
         recipe, folder, checkpoint, tokenizer, tables[0], tables[1], augmented_table, classes, data

@@ -1,8 +1,30 @@
-"""Progress bars for long work: on a terminal only, and only where a caller asks for them."""
+"""Progress of long work: reports of training, and bars.
+
+A bar is shown on a terminal only, and only where a caller asks for it.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Protocol
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What happened since the last report."""
+
+    seed: int
+    stage: int
+    epoch: int
+    step: int
+    """Steps of the stage so far."""
+    total_steps: int
+    loss: float
+    """Mean over the steps since the last report."""
+    grad_norm: float
+    """Of the last step, before clipping."""
+    learning_rate: float
+    examples_per_second: float
 
 
 class Bar(Protocol):

@@ -2,18 +2,17 @@
 
 from dataclasses import dataclass
 
-import torch
-
 from .data.samplers import SAMPLERS
 from .errors import UsageError
 from .kernels import IMPLS
 from .kernels.attention import SHORT_HEAD_SIZES
-from .model.bert import BertConfig
-from .training.losses import CLASS_WEIGHTS, LOSSES, Loss, make_loss
-from .training.precision import PRECISIONS
+from .machine import PRECISIONS
+from .model.config import BertConfig
+from .training.losses import CLASS_WEIGHTS, LOSSES
 from .training.stage import StageSettings
 
 METHODS = ("reweight", "augment", "vanilla")
+ENGINES = ("fast", "plain")
 
 
 @dataclass(frozen=True)
@@ -52,6 +51,9 @@ class Recipe:
     after a stage 1, stage 2 is random, since it is to see the data as they are."""
     precision: str = "auto"
     """`fp32`, `bf16`, `fp16`, or `auto`: bf16 where the device multiplies it natively."""
+    engine: str = "fast"
+    """`fast`, or `plain`: the step as it is defined (`training/stage.py`), slower, for a debugger;
+    the dropout masks of its stage 1 are others."""
     kernels: str = "auto"
     """`torch`, `triton` (on a CUDA GPU), or `auto`: what is known to be faster; so far, torch."""
     graphs: bool = False
@@ -74,7 +76,16 @@ class Recipe:
         _check_choice("method", self.method, METHODS)
         _check_choice("sampler", self.sampler, SAMPLERS)
         _check_choice("precision", self.precision, ("auto", *PRECISIONS))
+        _check_choice("engine", self.engine, ENGINES)
         _check_choice("kernels", self.kernels, IMPLS)
+        for name, is_fast in (
+            ("kernels 'triton'", self.kernels == "triton"),
+            ("graphs", self.graphs),
+            ("cache_trunk", self.cache_trunk),
+            ("share_trunk", self.share_trunk),
+        ):
+            if self.engine == "plain" and is_fast:
+                raise UsageError(f"engine 'plain' has no {name}: leave it out, or choose 'fast'")
         if self.cache_trunk and self.share_trunk:
             raise UsageError("cache_trunk and share_trunk exclude each other: choose one")
         if self.loss is not None:
@@ -115,7 +126,7 @@ class Recipe:
     def needs_augmented(self) -> bool:
         return self.method == "augment" and self.has_stage_1
 
-    def stage_1_settings(self, dtype: torch.dtype, num_train: int) -> StageSettings:
+    def stage_1_settings(self, num_train: int) -> StageSettings:
         """num_train: rows of the imbalanced data, by which the published code counts its steps."""
         upstream_steps = self.epochs_stage_1 * -(-num_train // self.batch_size)
         return StageSettings(
@@ -123,40 +134,27 @@ class Recipe:
             learning_rate=self.learning_rate_stage_1,
             batch_size=self.batch_size,
             sampler=self.sampler,
-            dtype=dtype,
-            impl=self.kernels,
-            graphs=self.graphs,
             schedule_steps=upstream_steps if self.upstream_schedule else None,
         )
 
-    def stage_2_settings(self, dtype: torch.dtype) -> StageSettings:
+    def stage_2_settings(self) -> StageSettings:
         balanced_before = self.has_stage_1 and self.sampler == "class-balanced"
         return StageSettings(
             epochs=self.epochs_stage_2,
             learning_rate=self.learning_rate_stage_2,
             batch_size=self.batch_size,
             sampler="random" if balanced_before else self.sampler,
-            dtype=dtype,
-            impl=self.kernels,
-            graphs=self.graphs,
         )
+
+    @property
+    def stage_1_loss(self) -> str:
+        """One of LOSSES."""
+        return self.loss or ("ce" if self.method == "augment" else "ldam")
 
     @property
     def stage_1_class_weights(self) -> str:
         """One of CLASS_WEIGHTS."""
         return self.class_weights or ("none" if self.method == "augment" else "effective")
-
-    def stage_1_loss(self, class_counts_C: list[int], device: torch.device) -> Loss:
-        """For stage-1 data with these class counts."""
-        return make_loss(
-            self.loss or ("ce" if self.method == "augment" else "ldam"),
-            self.stage_1_class_weights,
-            class_counts_C,
-            device,
-            ldam_s=self.ldam_s,
-            ldam_max_m=self.ldam_max_m,
-            impl=self.kernels,
-        )
 
     def check_fit(self, config: BertConfig, model: str) -> None:
         """Raise UsageError when this encoder cannot run the recipe."""

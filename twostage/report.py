@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from .api import Result
 from .facts import find_facts
+from .machine import PRECISIONS, choose_device, choose_precision
 from .preparation import PreparedRun
 from .printing import SHOWN_CLASSES, format_table, quoted
 from .recipe import Recipe
 from .training.metrics import Metrics
-from .training.precision import PRECISIONS, choose_device, choose_precision
-from .two_stage import Result
 
 PACKAGES = ("twostage", "torch", "tokenizers", "safetensors", "numpy")
 SUMMARY = {

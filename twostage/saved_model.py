@@ -22,7 +22,8 @@ from torch import nn
 from .data.tokenization import check_vocabulary, load_tokenizer
 from .data.tokenizer_files import describe_settings
 from .errors import ModelError, UsageError, writing_to
-from .model.bert import BertClassifier, assemble_classifier
+from .model.assembly import assemble_classifier
+from .model.bert import BertClassifier
 from .model.checkpoint import (
     from_stored,
     read_config,

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from twostage.data.packing import TokenStore, pack, renumber_tokens
+from twostage.data.packing import pack
+from twostage.data.token_store import TokenStore
 
 
 def store_of(lengths: list[int]) -> TokenStore:
@@ -47,13 +48,3 @@ def test_every_text_of_a_batch_is_whole_and_filler_comes_last(
 def test_one_text(length: int) -> None:
     batch = pack(store_of([length]), torch.tensor([0]))
     assert len(batch.input_ids_T) == max(64, length)
-
-
-def test_renumbered_tokens_are_the_used_ones_in_order_and_lead_back() -> None:
-    store = store_of([3, 1, 2])
-    store = TokenStore(torch.tensor([7, 101, 7, 30_000, 0, 101], dtype=torch.int32), store.offsets)
-    renumbered, used_tokens_V = renumber_tokens(store)
-    assert used_tokens_V.tolist() == [0, 7, 101, 30_000]
-    assert renumbered.ids.tolist() == [1, 2, 1, 3, 0, 2]
-    assert renumbered.ids.dtype == store.ids.dtype
-    assert torch.equal(used_tokens_V[renumbered.ids.long()], store.ids.long())

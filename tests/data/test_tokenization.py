@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from twostage.data.packing import TokenStore
 from twostage.data.tables import Table, read_table
+from twostage.data.token_store import TokenStore
 from twostage.data.tokenization import load_tokenizer, tokenize
 from twostage.errors import DataError, ModelError
 

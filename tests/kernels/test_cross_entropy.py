@@ -1,4 +1,4 @@
-"""The fused loss against torch's own, against its reference, and against float64."""
+"""The fused loss against torch's own and the formula in `training/losses.py`, in float64 too."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -10,11 +10,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twostage.kernels import cross_entropy
-from twostage.kernels.cross_entropy import fused_cross_entropy, reference_cross_entropy
+from twostage.kernels.cross_entropy import fused_cross_entropy
+from twostage.training.losses import ldam
 
 CheckErrors = Callable[[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]], None]
 
 SHAPES = [(1, 2), (16, 2), (7, 3), (33, 52), (5, 1000), (3, 1)]
+
+
+def specification(
+    logits_BC: Tensor,
+    labels_B: Tensor,
+    weights_C: Tensor | None = None,
+    margins_C: Tensor | None = None,
+    scale: float = 1.0,
+) -> Tensor:
+    """The formula in `training/losses.py`, differentiated by autograd."""
+    margins_C = logits_BC.new_zeros(logits_BC.shape[1]) if margins_C is None else margins_C
+    return ldam(logits_BC, labels_B, margins_C, weights_C, scale)
 
 
 def random_inputs(shape: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -84,8 +97,8 @@ def test_error_against_float64_is_at_most_twice_that_of_the_reference(
         loss.backward()
         return loss.detach().double(), logits_BC.grad.double()
 
-    exact = run(reference_cross_entropy, logits_BC.double())
-    reference = run(reference_cross_entropy, logits_BC)
+    exact = run(specification, logits_BC.double())
+    reference = run(specification, logits_BC)
     fused = run(fused_cross_entropy, logits_BC)
     assert fused_cross_entropy(logits_BC, labels_B, weights_C).dtype == torch.float32
     for ours, plain, true in zip(fused, reference, exact, strict=True):
@@ -146,8 +159,8 @@ def test_huge_logits_give_finite_loss_and_gradient() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_lose_nothing_on_the_way_to_the_loss(dtype: torch.dtype) -> None:
     logits_BC, labels_B, weights_C, margins_C = random_inputs((64, 10), dtype)
-    exact = reference_cross_entropy(logits_BC.double(), labels_B, weights_C, margins_C, 1.7)
-    for function in (fused_cross_entropy, reference_cross_entropy):
+    exact = specification(logits_BC.double(), labels_B, weights_C, margins_C, 1.7)
+    for function in (fused_cross_entropy, specification):
         loss = function(logits_BC, labels_B, weights_C, margins_C, 1.7)
         assert loss.item() == pytest.approx(exact.item(), rel=1e-6)
 
@@ -215,8 +228,8 @@ class TestTriton:
         theirs = [labels_B, *settings[kind][1:]]
         check_errors(
             run(fused_cross_entropy, logits_BC, *mine),
-            run(reference_cross_entropy, logits_BC, *theirs),
-            run(reference_cross_entropy, logits_BC.double(), *theirs),
+            run(specification, logits_BC, *theirs),
+            run(specification, logits_BC.double(), *theirs),
         )
 
     def test_the_sum_over_programs_may_take_several_blocks(
@@ -229,8 +242,8 @@ class TestTriton:
         ours = (labels_B, weights_C, None, 1.0, "triton")
         check_errors(
             run(fused_cross_entropy, logits_BC, *ours),
-            run(reference_cross_entropy, logits_BC, labels_B, weights_C),
-            run(reference_cross_entropy, logits_BC.double(), labels_B, weights_C),
+            run(specification, logits_BC, labels_B, weights_C),
+            run(specification, logits_BC.double(), labels_B, weights_C),
         )
 
     def test_huge_logits_and_logits_of_minus_infinity_are_as_in_torch(

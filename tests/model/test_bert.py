@@ -11,12 +11,13 @@ import torch
 import transformers
 from torch import Tensor
 
-from twostage.data.packing import PackedBatch, TokenStore, pack
+from twostage.data.packing import PackedBatch, pack
 from twostage.data.tables import Table
+from twostage.data.token_store import TokenStore
 from twostage.data.tokenization import load_tokenizer
 from twostage.errors import ModelError
 from twostage.kernels.attention import packed_layout
-from twostage.model.bert import BertClassifier, BertConfig
+from twostage.model.bert import BertClassifier
 from twostage.model.checkpoint import (
     Checkpoint,
     build_model,
@@ -24,6 +25,7 @@ from twostage.model.checkpoint import (
     tensor_names,
     to_stored,
 )
+from twostage.model.config import BertConfig
 
 # Relative; twice fp32's rounding unit. Below this, two fp32 results differ by luck only.
 FLOOR = 1.2e-7
@@ -86,9 +88,10 @@ def test_hidden_states_pooler_and_gradients_agree_with_transformers_on_1_to_512_
 
     reference, theirs = run_theirs(torch.float64), run_theirs(torch.float32)
     model = build_model(load_checkpoint(folder), 2, torch.Generator()).bert
-    below_last_TD = model(batch.input_ids_T, batch.position_ids_T, batch.layout, num_layers=5)
-    hidden_TD = model.layers[5](below_last_TD, batch.layout, None)
-    pooled_BD = model.pool(below_last_TD, batch.layout, 5)
+    layout = packed_layout(batch.cu_seqlens)
+    below_last_TD = model(batch.input_ids_T, batch.position_ids_T, layout, num_layers=5)
+    hidden_TD = model.layers[5](below_last_TD, layout, None)
+    pooled_BD = model.pool(below_last_TD, layout, 5)
     real_TD = hidden_TD[: batch.num_tokens]
     score = (real_TD * weights_D.float()).sum(1).sin().sum() + pooled_BD.sum()
     score.backward()
@@ -140,7 +143,7 @@ def test_a_text_has_the_same_logits_alone_and_packed_with_others(
     model = classifier(tiny_checkpoint)
     lengths = [5, 1, 32, 7]
     together = random_batch(lengths, round_to=64)
-    logits_BC = model(**together.inputs())
+    logits_BC = model(*together)
     for b, (start, end) in enumerate(
         zip(together.cu_seqlens, together.cu_seqlens[1:], strict=False)
     ):
@@ -154,7 +157,7 @@ def test_filler_tokens_change_nothing_and_receive_no_gradient(tiny_checkpoint: C
     for round_to in (1, 64):
         model = classifier(tiny_checkpoint)
         batch = random_batch([5, 1, 12], round_to)
-        logits_BC = model(**batch.inputs())
+        logits_BC = model(*batch)
         logits_BC.square().sum().backward()
         gradients.append({name: p.grad for name, p in model.named_parameters()})
     assert len(batch.input_ids_T) == 64
@@ -168,11 +171,8 @@ def test_without_randomness_nothing_is_dropped_and_with_one_the_draws_repeat(
     tiny_checkpoint: Checkpoint,
 ) -> None:
     model, batch = classifier(tiny_checkpoint), random_batch([5, 9], 64)
-    plain = [model(**batch.inputs()) for _ in range(2)]
-    drawn = [
-        model(**batch.inputs(), randomness=torch.Generator().manual_seed(seed))
-        for seed in (1, 1, 2)
-    ]
+    plain = [model(*batch) for _ in range(2)]
+    drawn = [model(*batch, randomness=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)]
     assert torch.equal(plain[0], plain[1])
     assert torch.equal(drawn[0], drawn[1])
     assert not torch.equal(drawn[0], drawn[2])
@@ -196,7 +196,7 @@ def test_dropout_acts_at_every_site_with_its_own_probability(
     for kernel in ("dropout", "padded_attention", "residual_norm"):
         monkeypatch.setattr(f"twostage.kernels.{kernel}.dropout_mask", spy)
     model = classifier(replace(tiny_checkpoint, config=config))
-    model(**random_batch([5, 9], 64).inputs(), randomness=torch.Generator())
+    model(*random_batch([5, 9], 64), randomness=torch.Generator())
     hidden, probabilities = (0.1, (64, 24)), (0.2, (1, 4, 16, 16))
     first_tokens = [(0.2, (1, 4, 2, 16)), (0.1, (2, 24)), (0.1, (2, 24))]
     assert seen == [hidden, *[probabilities, hidden, hidden] * 2, *first_tokens]
@@ -213,13 +213,14 @@ def test_computing_the_last_layer_for_first_tokens_alone_changes_no_logit_and_no
     def run(full: bool) -> tuple[Tensor, dict[str, Tensor]]:
         model = classifier(tiny_checkpoint).double()
         # The model takes the dtype of its embeddings' output from the pooler's weight: fp64.
-        inputs = (batch.input_ids_T, batch.position_ids_T, batch.layout)
+        layout = packed_layout(batch.cu_seqlens)
+        inputs = (batch.input_ids_T, batch.position_ids_T, layout)
         if full:
-            first_BD = model.bert(*inputs)[batch.layout.first_tokens_B]
+            first_BD = model.bert(*inputs)[layout.first_tokens_B]
             logits_BC = model.classifier(torch.tanh(model.bert.pooler(first_BD)))
         else:
             hidden_TD = model.bert(*inputs, num_layers=num_layers)
-            logits_BC = model.classify(hidden_TD, batch.layout, num_layers)
+            logits_BC = model.classifier(model.bert.pool(hidden_TD, layout, num_layers))
         (logits_BC * torch.linspace(-1, 2, logits_BC.numel()).view_as(logits_BC)).sum().backward()
         return logits_BC.detach(), {name: p.grad for name, p in model.named_parameters()}
 
@@ -234,7 +235,7 @@ def test_building_and_running_a_model_leaves_the_global_generator_alone(
 ) -> None:
     before = torch.get_rng_state()
     model, batch = classifier(tiny_checkpoint), random_batch([5, 9], 64)
-    model(**batch.inputs(), randomness=torch.Generator().manual_seed(1))
+    model(*batch, randomness=torch.Generator().manual_seed(1))
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from twostage.data.packing import TokenStore, pack
+from twostage.data.packing import pack
+from twostage.data.token_store import TokenStore
 from twostage.errors import NonFiniteError
 from twostage.model.checkpoint import Checkpoint, build_model
 from twostage.training import evaluation
@@ -19,9 +20,7 @@ def test_logits_come_in_the_order_of_the_data_whatever_the_batches(
     ids = torch.randint(1, 101, (int(lengths.sum()),), generator=generator).int()
     store = TokenStore(ids, torch.cat([torch.zeros(1).long(), lengths.cumsum(0)]))
     with torch.no_grad():
-        one_by_one = torch.cat(
-            [model(**pack(store, torch.tensor([i])).inputs()) for i in range(40)]
-        )
+        one_by_one = torch.cat([model(*pack(store, torch.tensor([i]))) for i in range(40)])
     for max_tokens in (1, 50, 8_192):
         monkeypatch.setattr(evaluation, "tokens_at_once", lambda device, n=max_tokens: n)
         logits_NC = predict_logits(model, store)

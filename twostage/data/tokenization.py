@@ -16,7 +16,7 @@ import torch
 from ..errors import DataError, ModelError
 from ..printing import count, quoted
 from ..progress import progress_bar
-from .packing import TokenStore
+from .token_store import TokenStore
 from .tokenizer_files import read_tokenizer
 
 if TYPE_CHECKING:

@@ -26,7 +26,9 @@ from ..model_folder import (
     read_object,
     weight_files,
 )
-from .bert import HEAD_SIZE, BertClassifier, BertConfig, assemble_classifier, initialize_linear
+from .assembly import assemble_classifier
+from .bert import HEAD_SIZE, BertClassifier
+from .config import BertConfig
 
 ACTIVATION_SYNONYMS = {
     "gelu_python": "gelu",
@@ -246,6 +248,19 @@ def build_model(
         tensors |= {f"{name}.weight": weight, f"{name}.bias": bias}
     parameters = {name: nn.Parameter(tensor) for name, tensor in tensors.items()}
     return assemble_classifier(checkpoint.config, parameters)
+
+
+def initialize_linear(
+    out_features: int, in_features: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Weight and bias as torch.nn.Linear draws them: from U(-1/√in, 1/√in), by `generator`.
+
+    (Its Kaiming-uniform initialisation with a = √5 comes to the same bound.)
+    """
+    bound = in_features**-0.5
+    weight = torch.empty(out_features, in_features).uniform_(-bound, bound, generator=generator)
+    bias = torch.empty(out_features).uniform_(-bound, bound, generator=generator)
+    return weight, bias
 
 
 def _modern_name(name: str) -> str:

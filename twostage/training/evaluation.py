@@ -4,16 +4,16 @@ Texts are sorted by length and batched by token budget, so that the padding insi
 small and every batch costs the same; the logits come back in the order of the data.
 """
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ..data.packing import TokenStore, pack
+from ..data.packing import pack, send
 from ..data.samplers import length_sorted_batches
+from ..data.token_store import TokenStore
 from ..errors import NonFiniteError
+from ..model.assembly import round_classifier
 from ..model.bert import BertClassifier
 from ..progress import progress_bar
-from .precision import cast_model
 
 
 def tokens_at_once(device: torch.device) -> int:
@@ -34,18 +34,15 @@ def predict_logits(
     dtype: of forward; the model itself stays as it is. impl: of its operations.
     Raises NonFiniteError when a logit is infinite or not a number.
     """
-    work = cast_model(model.bert.config, dict(model.named_parameters()), dtype, impl)
-    batches = length_sorted_batches(store.lengths.numpy(), tokens_at_once(model.device))
-    logits = [torch.empty(0, model.num_classes, device=model.device)]
+    rounded = round_classifier(model.bert.config, dict(model.named_parameters()), dtype, impl)
+    logits_NC = torch.empty(len(store), model.num_classes, device=model.device)
     with torch.no_grad(), progress_bar("evaluating", len(store), "text", show_progress) as bar:
-        for rows in batches:
-            batch = pack(store, torch.from_numpy(rows), model.device)
-            logits.append(work(**batch.inputs()).float())
+        for rows in length_sorted_batches(store.lengths.numpy(), tokens_at_once(model.device)):
+            rows_B = torch.from_numpy(rows)
+            batch = pack(store, rows_B, model.device)
+            logits_NC[send(rows_B, model.device)] = rounded(*batch).float()
             bar.update(len(rows))
-    sorted_NC = torch.cat(logits).cpu()
-    order = np.concatenate([np.zeros(0, dtype=np.int64), *batches])
-    logits_NC = torch.empty_like(sorted_NC)
-    logits_NC[torch.from_numpy(order)] = sorted_NC
+    logits_NC = logits_NC.cpu()
     if not torch.isfinite(logits_NC).all():
         raise NonFiniteError(
             "the model's logits are not finite: its weights have diverged or were broken before"

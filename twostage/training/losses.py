@@ -1,10 +1,6 @@
-"""Losses and class weights for imbalanced data: the readable spec.
+"""Losses and class weights for imbalanced data.
 
-Each loss is one setting of the fused operation in `kernels/cross_entropy.py`, which computes the
-value and the gradient in one pass:
-
-    z_bc = s · (logits_bc − m_c · [c = y_b])
-    L    = Σ_b w_{y_b} · (logsumexp_c z_bc − z_{b,y_b}) / Σ_b w_{y_b}
+`kernels/cross_entropy.py` computes these losses and their gradient in one pass.
 
 Shapes: B examples, C classes, n_c training examples of class c.
 """
@@ -13,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import DataError, UsageError
-from ..kernels.cross_entropy import fused_cross_entropy
 
 LOSSES = ("ldam", "ce")
 CLASS_WEIGHTS = ("effective", "inverse", "inverse-sqrt", "none")
@@ -25,19 +21,21 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def cross_entropy(
-    logits_BC: Tensor,
-    labels_B: Tensor,
-    class_weights_C: Tensor | None = None,
-    impl: str = "auto",
+    logits_BC: Tensor, labels_B: Tensor, class_weights_C: Tensor | None = None
 ) -> Tensor:
     """(Class-weighted) cross-entropy: −Σ_b w_{y_b} log softmax(logits_b)_{y_b} / Σ_b w_{y_b}.
 
-    logits_BC: [B, C]. labels_B: [B] int64. class_weights_C: [C], all ones when None. impl: see
-    `kernels/__init__.py`.
-    The same as `torch.nn.functional.cross_entropy` with `weight`. Source of the weighting: King &
-    Zeng 2001, "Logistic Regression in Rare Events Data" (the weighted log-likelihood).
+    logits_BC: [B, C], any floating dtype; the arithmetic is fp32 (fp64 for fp64). labels_B: [B]
+    int64. class_weights_C: [C], all ones when None. Source of the weighting: King & Zeng 2001,
+    "Logistic Regression in Rare Events Data" (the weighted log-likelihood).
     """
-    return fused_cross_entropy(logits_BC, labels_B, class_weights_C, impl=impl)
+    dtype = torch.promote_types(logits_BC.dtype, torch.float32)
+    log_probabilities_BC = torch.log_softmax(logits_BC.to(dtype), dim=1)
+    true_B = log_probabilities_BC.gather(1, labels_B[:, None])[:, 0]
+    if class_weights_C is None:
+        return -true_B.mean()
+    weights_B = class_weights_C.to(dtype)[labels_B]
+    return -(weights_B * true_B).sum() / weights_B.sum()
 
 
 def ldam(
@@ -45,16 +43,18 @@ def ldam(
     labels_B: Tensor,
     margins_C: Tensor,
     class_weights_C: Tensor | None = None,
-    s: float = 1.0,
-    impl: str = "auto",
+    scale: float = 1.0,
 ) -> Tensor:
     """Label-distribution-aware margin loss: cross-entropy after lowering the true class's logit.
 
-    margins_C: [C], from `ldam_margins`. s: scales the logits after the margin. The LDAM paper uses
-    s = 30 because its logits are cosines in [-1, 1]; ours are unbounded, and s = 1.
+    margins_C: [C], from `ldam_margins`. scale: multiplies the logits after the margin. The LDAM
+    paper scales by 30 because its logits are cosines in [-1, 1]; ours are unbounded.
     Source: Cao et al. 2019 (arXiv 1906.07413), equation 13.
     """
-    return fused_cross_entropy(logits_BC, labels_B, class_weights_C, margins_C, s, impl)
+    dtype = torch.promote_types(logits_BC.dtype, torch.float32)
+    is_true_BC = F.one_hot(labels_B, logits_BC.shape[1])
+    lowered_BC = logits_BC.to(dtype) - is_true_BC * margins_C.to(dtype)
+    return cross_entropy(scale * lowered_BC, labels_B, class_weights_C)
 
 
 def ldam_margins(class_counts_C: Sequence[int], max_m: float = 0.5) -> Tensor:
@@ -89,37 +89,11 @@ def make_class_weights(name: str, class_counts_C: Sequence[int]) -> Tensor | Non
     """The weights called `name`, one of CLASS_WEIGHTS; None for `none`."""
     if name == "effective":
         return effective_number_weights(class_counts_C)
-    if name == "inverse":
-        return inverse_frequency_weights(class_counts_C)
-    if name == "inverse-sqrt":
-        return inverse_frequency_weights(class_counts_C, power=0.5)
+    if name in ("inverse", "inverse-sqrt"):
+        return inverse_frequency_weights(class_counts_C, 1.0 if name == "inverse" else 0.5)
     if name == "none":
         return None
     raise UsageError(f"class weights are {name!r}; expected one of {', '.join(CLASS_WEIGHTS)}")
-
-
-def make_loss(
-    name: str,
-    class_weights: str,
-    class_counts_C: Sequence[int],
-    device: torch.device,
-    *,
-    ldam_s: float = 1.0,
-    ldam_max_m: float = 0.5,
-    impl: str = "auto",
-) -> Loss:
-    """The loss called `name`, one of LOSSES, for training data with these class counts."""
-    weights_C = make_class_weights(class_weights, class_counts_C)
-    if weights_C is not None:
-        weights_C = weights_C.to(device)
-    if name == "ce":
-        return lambda logits_BC, labels_B: cross_entropy(logits_BC, labels_B, weights_C, impl)
-    if name == "ldam":
-        margins_C = ldam_margins(class_counts_C, ldam_max_m).to(device)
-        return lambda logits_BC, labels_B: ldam(
-            logits_BC, labels_B, margins_C, weights_C, ldam_s, impl
-        )
-    raise UsageError(f"loss is {name!r}; expected one of {', '.join(LOSSES)}")
 
 
 def _checked_counts(class_counts_C: Sequence[int]) -> Tensor:

@@ -1,52 +1,50 @@
-"""One stage of training: the loop.
+"""One stage of training: the step and the loop.
 
-Which parameters are trained is set before, by freezing (`two_stage.py`); a frozen parameter takes
-part in no backward. Which texts a batch holds is a function of (seed, stage, epoch), and the
-dropout masks of a step are a function of (seed, stage, step), those of frozen layers of the step's
-window (`trunk.py`): a stage can be left and re-entered between any two steps without changing a
-bit of the outcome. (With CUDA graphs, `graphs.py`: no more than a rounding.)
+Which texts a batch holds is a function of (seed, stage, epoch), and the dropout masks of a step are
+one of (seed, stage, step): a stage can be left and re-entered between any two steps without
+changing a bit.
+
+Mixed precision: the model's weights are fp32. Each step rounds them to `dtype` for forward and
+backward; the gradients come back to the fp32 weights, and AdamW moves these, so that an update
+below the spacing of bf16 (1/256 to 1/128 of a weight) is not lost. The loss, softmax and layer
+norm's statistics are fp32. For fp16, whose least number is 6e-8, the loss is multiplied before
+backward and the gradients are divided after it.
+
+The step here is the specification. `fast/` has one that computes the same numbers sooner.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import chain
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
-from ..data.packing import TokenStore, renumber_tokens
+from ..data.packing import pack, send
 from ..data.samplers import epoch_batches
+from ..data.token_store import StageData
 from ..errors import NonFiniteError
-from ..kernels.attention import takes_short_texts
-from ..progress import progress_bar
-from .graphs import StepGraphs
-from .inputs import Feed, StepInputs
-from .loss_scale import LossScale, make_loss_scale
+from ..model.bert import stays_fp32
+from ..progress import StepReport, progress_bar
 from .losses import Loss
-from .optim import clip_divisor, linear_decay, make_moments, update_weights
-from .precision import WorkingCopy
-from .state import TrainingState
-from .trunk import Features, FrozenTrunk, count_frozen_layers
+from .optim import adamw_, clip_gradients, linear_decay
+from .state import DROPOUT_STREAM, TrainingState, derive_seed
 
+REPORT_EVERY = 10
+"""Steps between two reports: on a GPU, the only host syncs of the loop."""
+FP16_LOSS_FACTOR = 1_024.0
 
-@dataclass(frozen=True)
-class StageData:
-    """Tokenised training texts and their classes."""
-
-    store: TokenStore
-    labels_N: np.ndarray
-    """[N] int64."""
-
-    def __len__(self) -> int:
-        return len(self.labels_N)
-
-    def class_counts(self, num_classes: int) -> list[int]:
-        """Rows of each class, C of them."""
-        counts_C: list[int] = np.bincount(self.labels_N, minlength=num_classes).tolist()
-        return counts_C
+TakeStep = Callable[[np.ndarray, int, float], tuple[Tensor, Tensor]]
+"""(rows_B of the data, step from 0, learning rate) → (loss, gradient norm before clipping)."""
+Epochs = Sequence[Sequence[np.ndarray]]
+"""The rows of each batch of each epoch."""
+MakeStep = Callable[
+    [TrainingState, StageData, Loss, Epochs, torch.dtype], AbstractContextManager[TakeStep]
+]
+"""Prepares the steps of a stage; the model is up to date when the `with` block is left."""
 
 
 @dataclass(frozen=True)
@@ -59,45 +57,46 @@ class StageSettings:
     """At the first step."""
     batch_size: int = 16
     """Texts a step."""
-    max_grad_norm: float = 1.0
-    """L2 norm, over all trained parameters, to which the gradient is clipped."""
     sampler: str = "random"
     """One of `data.samplers.SAMPLERS`."""
-    dtype: torch.dtype = torch.float32
-    """Precision of forward and backward; the weights that are trained stay fp32."""
-    impl: str = "auto"
-    """Of the model's operations and the optimizer's; one of `kernels.IMPLS`."""
-    graphs: bool = False
-    """Replay steps as CUDA graphs (`graphs.py`), with impl `triton`; on a CPU, run them eagerly."""
     schedule_steps: int | None = None
     """Steps until the learning rate reaches 0; None: the stage's own number of steps."""
 
-    def __post_init__(self) -> None:
-        assert not self.graphs or self.impl == "triton", "only these kernels' shapes are few"
 
+@contextmanager
+def make_plain_step(
+    state: TrainingState, data: StageData, loss_function: Loss, epochs: Epochs, dtype: torch.dtype
+) -> Iterator[TakeStep]:
+    """The step as it is defined. dtype: of forward and backward."""
+    model, generator = state.model, torch.Generator(state.model.device)
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    loss_factor = FP16_LOSS_FACTOR if dtype == torch.float16 else 1.0
+    for name, weight in trained.items():
+        state.optimizer.setdefault(f"exp_avg.{name}", torch.zeros_like(weight))
+        state.optimizer.setdefault(f"exp_avg_sq.{name}", torch.zeros_like(weight))
 
-@dataclass(frozen=True)
-class StepReport:
-    """What happened since the last report."""
+    def take_step(rows_B: np.ndarray, step: int, learning_rate: float) -> tuple[Tensor, Tensor]:
+        batch = pack(data.store, torch.from_numpy(rows_B), model.device)
+        labels_B = send(torch.from_numpy(data.labels_N[rows_B]), model.device)
+        generator.manual_seed(derive_seed(DROPOUT_STREAM, state.seed, state.stage, step))
 
-    seed: int
-    stage: int
-    epoch: int
-    step: int
-    """Optimizer steps of the stage so far."""
-    total_steps: int
-    loss: float
-    """Mean over the steps since the last report."""
-    grad_norm: float
-    """Of the last step, before clipping."""
-    learning_rate: float
-    examples_per_second: float
-    capture_seconds: float = 0.0
-    """Spent on compiling Triton kernels and recording CUDA graphs so far in this stage."""
+        rounded = {
+            name: weight if stays_fp32(name, weight.device) else weight.to(dtype)
+            for name, weight in model.named_parameters()
+        }
+        logits_BC = functional_call(model, rounded, (*batch, generator))
+        loss = loss_function(logits_BC, labels_B)
+        scaled = torch.autograd.grad(loss * loss_factor, list(trained.values()))
+        gradients, norm = clip_gradients([gradient / loss_factor for gradient in scaled])
+        if not torch.isfinite(loss + norm):
+            raise non_finite_error(state, rows_B)
 
+        for (name, weight), gradient in zip(trained.items(), gradients, strict=True):
+            moments = state.optimizer[f"exp_avg.{name}"], state.optimizer[f"exp_avg_sq.{name}"]
+            adamw_(weight, gradient, *moments, step + 1, learning_rate)
+        return loss.detach(), norm
 
-REPORT_EVERY = 10
-"""Steps between two reports. On a GPU, the only times at which the host waits for the device."""
+    yield take_step
 
 
 def train_stage(
@@ -106,197 +105,54 @@ def train_stage(
     loss_function: Loss,
     settings: StageSettings,
     *,
-    features: Sequence[Features] = (),
+    dtype: torch.dtype = torch.float32,
+    make_step: MakeStep = make_plain_step,
     on_report: Callable[[StepReport], None] | None = None,
     show_progress: bool = False,
 ) -> None:
     """Train `state.model` from where `state` stands to the end of the stage, in place.
 
-    The model is up to date when this returns or raises; on the way its word embeddings are not.
-    features: of all texts of `data` after the layers that are frozen, for each epoch or, if it is
-    only one, for all; none: computed as they are needed, with dropout (`trunk.py`).
+    dtype: of forward and backward. The model is up to date when this returns or raises.
     Raises NonFiniteError, naming the step and its rows, when a loss or gradient is not finite;
     `state` then stands before that step.
     """
-    model, device = state.model, state.model.device
-    lengths_N = data.store.lengths.numpy()
-
-    order = (state.seed, state.stage)
+    lengths_N, order = data.store.lengths.numpy(), (state.seed, state.stage)
     epochs = [
         epoch_batches(settings.sampler, data.labels_N, lengths_N, settings.batch_size, order, epoch)
         for epoch in range(settings.epochs)
     ]
-    # Counted, not computed: epochs of the token-budget sampler differ by a batch or two.
-    total_steps = sum(map(len, epochs))
-    schedule_steps = settings.schedule_steps or total_steps
-    monitor = Monitor(state, total_steps, device)
-
-    def learning_rate_at(step: int) -> float:
-        return settings.learning_rate * linear_decay(step, schedule_steps)
-
-    store, used_tokens_V = data.store, None
-    if model.bert.embeddings.word.weight.requires_grad:
-        store, used_tokens_V = renumber_tokens(store)
-    num_frozen = count_frozen_layers(model)
-    title = f"seed {state.seed}, stage {state.stage}"
+    steps = [(epoch, rows_B) for epoch, batches in enumerate(epochs) for rows_B in batches]
+    title, num_steps = f"seed {state.seed}, stage {state.stage}", len(steps)
     with (
-        WorkingCopy(model, settings.dtype, used_tokens_V, settings.impl) as work,
-        progress_bar(title, total_steps, "step", show_progress) as bar,
+        make_step(state, data, loss_function, epochs, dtype) as take_step,
+        progress_bar(title, num_steps, "step", show_progress, initial=state.step) as bar,
     ):
-        moments = state.moments = state.moments or make_moments(work.weights_P)
-        scale = state.loss_scale = state.loss_scale or make_loss_scale(settings.dtype, device)
-        trunk = None
-        if num_frozen:
-            trunk = FrozenTrunk(work.model, store, num_frozen, features, settings.impl)
-        feed = Feed(state, store, data.labels_N, trunk, learning_rate_at, settings.impl)
-
-        def take_step(
-            inputs: StepInputs, monitor: Monitor = monitor, scale: LossScale = scale
-        ) -> None:
-            """Forward, backward, clipping, update: all on the device, and the host never waits."""
-            if inputs.hidden_TD is None:
-                logits_BC = work.model(
-                    inputs.input_ids_T,
-                    inputs.position_ids_T,
-                    inputs.layout.cu_seqlens,
-                    layout=inputs.layout,
-                    randomness=inputs.randomness,
-                )
-            else:
-                logits_BC = work.model.classify(
-                    inputs.hidden_TD, inputs.layout, num_frozen, inputs.randomness
-                )
-            loss = loss_function(logits_BC, inputs.labels_B)
-            (loss * scale.factor).backward()
-
-            gradients_P = work.take_gradients()
-            grad_norm, divisor = clip_divisor(gradients_P, settings.max_grad_norm, scale.factor)
-            skip = monitor.watch(loss, grad_norm, scale.update(grad_norm))
-            rate, impl = inputs.learning_rate, settings.impl
-            update_weights(work, gradients_P, moments, rate, divisor, skip, impl)
-
-        graphs, head_size = None, model.bert.config.head_size
-        if settings.impl == "triton" and takes_short_texts(head_size, settings.dtype, device):
-            graphs = StepGraphs(take_step, chain(*epochs), lengths_N, learning_rate_at, device)
-            spare, unused_scale = Monitor(state, 0, device), make_loss_scale(settings.dtype, device)
-            spare.bad.fill_(1.0)  # with it a step changes neither weights nor moments
-            no_trace = partial(take_step, monitor=spare, scale=unused_scale)
-            hidden_DD = work.model.bert.pooler.weight.detach() if num_frozen else None
-            graphs.compile(no_trace, hidden_DD)
-        assert graphs is not None or not settings.graphs, "the recipe has checked it"
-
-        bar.update(state.step)
-        while state.epoch < settings.epochs:
-            batches = epochs[state.epoch]
-            feed.begin_epoch(batches)
-            while state.batch < len(batches):
-                rows_B = batches[state.batch]
-                bucket = graphs.find_bucket(rows_B) if graphs and settings.graphs else None
-                if graphs is None or bucket is None:
-                    take_step(feed.step_inputs())
-                else:
-                    graphs.replay(bucket, state.step, feed.run)
-
-                learning_rate = learning_rate_at(state.step)
-                state.batch += 1
-                state.step += 1
-                bar.update(1)
-                bad_step = monitor.find_bad_step()
-                if bad_step is not None:
-                    _return_to(state, bad_step, epochs)
-                    rows = epochs[state.epoch][state.batch]
-                    raise NonFiniteError(_describe_bad_step(state, rows))
-                report = monitor.report(len(rows_B), learning_rate)
-                if report is not None:
-                    if graphs is not None:
-                        report = replace(report, capture_seconds=graphs.capture_seconds)
-                    bar.set_postfix_str(
-                        f"loss {report.loss:.4f}, {report.examples_per_second:.0f} examples/s"
-                    )
-                    if on_report is not None:
-                        on_report(report)
-            state.epoch, state.batch = state.epoch + 1, 0
+        loss_sum = torch.zeros((), device=state.model.device)
+        since, began = state.step, perf_counter()
+        for step in range(state.step, num_steps):
+            epoch, rows_B = steps[step]
+            decay = linear_decay(step, settings.schedule_steps or num_steps)
+            learning_rate = settings.learning_rate * decay
+            loss, norm = take_step(rows_B, step, learning_rate)
+            state.step = step + 1
+            loss_sum += loss
+            bar.update(1)
+            if state.step % REPORT_EVERY == 0 or state.step == num_steps:
+                mean_loss = float(loss_sum) / (state.step - since)  # a host sync
+                num_examples = sum(len(rows) for _, rows in steps[since : state.step])
+                speed = num_examples / max(1e-9, perf_counter() - began)
+                bar.set_postfix_str(f"loss {mean_loss:.4f}, {speed:.0f} examples/s")
+                where = (state.seed, state.stage, epoch, state.step, num_steps)
+                if on_report is not None:
+                    on_report(StepReport(*where, mean_loss, float(norm), learning_rate, speed))
+                loss_sum.zero_()
+                since, began = state.step, perf_counter()
 
 
-class Monitor:
-    """Loss, gradient norm and speed since the last report, and whether all was finite.
-
-    A step with a non-finite loss or gradient must not reach the weights, but if the host looked at
-    every step it would wait for the device at every step. So the finding stays on the device, as a
-    flag that turns this and all later steps of the optimizer into nothing, and the host reads it
-    at the next report (on the CPU, where nothing waits, at once). A gradient that overflows while
-    the loss scale can still fall is no such finding: that step alone is left out.
-    """
-
-    def __init__(self, state: TrainingState, total_steps: int, device: torch.device) -> None:
-        self.state = state
-        self.total_steps = total_steps
-        self.check_every = 1 if device.type == "cpu" else REPORT_EVERY
-        self.bad = torch.zeros((), device=device)
-        # Counts up to the first bad step, whose number it then is.
-        self.finite_steps = torch.full((), float(state.step), device=device)
-        self.loss_sum = torch.zeros((), device=device)
-        self.grad_norm = torch.zeros((), device=device)
-        self.steps = self.examples = 0
-        self.began = perf_counter()
-
-    def watch(self, loss: Tensor, grad_norm: Tensor, hopeless: Tensor) -> Tensor:
-        """Call before the optimizer's step; returns 1.0 when it must not happen, else 0.0.
-
-        hopeless: of `LossScale.update`.
-        """
-        # In place: a CUDA graph adds to the same memory at every replay.
-        loss = loss.detach()
-        self.loss_sum += loss
-        self.grad_norm.copy_(grad_norm)
-        is_bad = torch.maximum(hopeless, (~torch.isfinite(loss)).float())
-        torch.maximum(self.bad, is_bad, out=self.bad)
-        self.finite_steps += 1.0 - self.bad
-        return torch.maximum(self.bad, (~torch.isfinite(grad_norm)).float())
-
-    def find_bad_step(self) -> int | None:
-        """The first step, from 0, that was not finite; None also while it is too early to look."""
-        due = self.state.step % self.check_every == 0 or self.state.step == self.total_steps
-        # Deliberate wait for the device, once in `check_every` steps.
-        return int(self.finite_steps) if due and bool(self.bad) else None
-
-    def report(self, num_examples: int, learning_rate: float) -> StepReport | None:
-        """Count a step; a report when one is due. Reading the loss waits for the device."""
-        self.steps += 1
-        self.examples += num_examples
-        state = self.state
-        if state.step % REPORT_EVERY and state.step != self.total_steps:
-            return None
-        loss = float(self.loss_sum) / self.steps
-        seconds = max(1e-9, perf_counter() - self.began)
-        report = StepReport(
-            seed=state.seed,
-            stage=state.stage,
-            epoch=state.epoch,
-            step=state.step,
-            total_steps=self.total_steps,
-            loss=loss,
-            grad_norm=float(self.grad_norm),
-            learning_rate=learning_rate,
-            examples_per_second=self.examples / seconds,
-        )
-        self.loss_sum.zero_()
-        self.steps = self.examples = 0
-        self.began = perf_counter()
-        return report
-
-
-def _return_to(state: TrainingState, step: int, batches: list[list[np.ndarray]]) -> None:
-    """Set the counters back to `step`: no step since then has changed weights or optimizer."""
-    state.step, state.epoch, state.batch = step, 0, step
-    while state.batch >= len(batches[state.epoch]):
-        state.batch -= len(batches[state.epoch])
-        state.epoch += 1
-
-
-def _describe_bad_step(state: TrainingState, rows: np.ndarray) -> str:
-    shown = ", ".join(map(str, rows[:16])) + (", …" if len(rows) > 16 else "")
-    return (
+def non_finite_error(state: TrainingState, rows_B: np.ndarray) -> NonFiniteError:
+    """For the step at which `state` stands, with these rows."""
+    shown = ", ".join(map(str, rows_B[:16])) + (", …" if len(rows_B) > 16 else "")
+    return NonFiniteError(
         f"seed {state.seed}, stage {state.stage}, step {state.step + 1}: the loss or the gradient "
         f"is not finite (rows {shown} of the stage's data, from 0); training stopped before that "
         "step changed the weights: try a lower learning rate or fp32 precision"

@@ -1,44 +1,31 @@
-"""The whole state of a run, in one object.
+"""Where a training run stands, and the random numbers that follow from it.
 
-Batch order and dropout masks are pure functions of (seed, stage, epoch or step), so the generators
-need no state of their own: the counters below are their state. With the weights and the
-optimizer's moments they are all that a later process needs to go on as if nothing had happened.
+Batch order and dropout masks are pure functions of (seed, stage, epoch or step). So the weights,
+what the optimizer remembers and these counters are all that a later process needs to go on.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+from torch import Tensor
 
 from ..model.bert import BertClassifier
-from .loss_scale import LossScale
-from .optim import Moments
 
 
 @dataclass
 class TrainingState:
-    """Where a run stands. A stage advances it in place, one batch at a time."""
+    """Where a run stands, between any two steps."""
 
     seed: int
     model: BertClassifier
-    """fp32 master weights. While a stage runs, its word embeddings are those from before."""
+    """fp32 master weights; frozen parameters require no gradient."""
     stage: int = 1
     """1 or 2."""
-    epoch: int = 0
-    """Epoch of the stage, from 0."""
-    batch: int = 0
-    """The next batch of the epoch, from 0."""
     step: int = 0
-    """Optimizer steps of the stage so far."""
-    moments: Moments | None = None
-    """AdamW's, None until the stage is entered. Without weight decay those of the word embeddings
-    have a row for each token of the stage's data, in order, and no others."""
-    loss_scale: LossScale | None = None
-    """None until the stage is entered."""
-
-    def begin_stage(self, stage: int) -> None:
-        """Enter `stage` at its first batch, with a new optimizer and schedule."""
-        self.stage, self.epoch, self.batch, self.step = stage, 0, 0, 0
-        self.moments = self.loss_scale = None
+    """Steps of the stage so far."""
+    optimizer: dict[str, Tensor] = field(default_factory=dict)
+    """What the step remembers, such as AdamW's moments; empty until the stage is entered. Its names
+    are those of the step that the stage began with (`make_plain_step` or another)."""
 
 
 # The first number of a derived seed: what it is for.
@@ -47,5 +34,5 @@ SHARED_TRUNK_STREAM = 6
 
 
 def derive_seed(*numbers: int) -> int:
-    """A 63-bit seed for a torch generator, as unrelated for neighbouring numbers as for any."""
+    """A 63-bit seed for a torch generator; neighbouring numbers give independent seeds."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -6,15 +6,18 @@ from typing import Any
 import pytest
 import torch
 
-from twostage.data.packing import TokenStore
+from twostage.data.token_store import StageData, TokenStore
+from twostage.fast.randomness import counted_masks
+from twostage.fast.step import Step, make_step
 from twostage.kernels import adamw
 from twostage.model.checkpoint import Checkpoint, build_model
-from twostage.training import inputs, masks, trunk
+from twostage.progress import StepReport
+from twostage.recipe import Recipe
 from twostage.training import stage as stage_module
-from twostage.training.losses import Loss, cross_entropy, make_loss
-from twostage.training.stage import StageData, StageSettings, StepReport, train_stage
+from twostage.training.losses import cross_entropy
+from twostage.training.stage import StageSettings, train_stage
 from twostage.training.state import TrainingState
-from twostage.two_stage import freeze_below_top
+from twostage.two_stage import freeze_below_top, stage_1_loss
 
 RATE = 5e-4
 """Moves the loss by tenths in ten steps, and lets roundings in 16 bits grow to hundredths."""
@@ -32,31 +35,35 @@ def data() -> StageData:
 
 
 def train(
-    checkpoint: Checkpoint, data: StageData, settings: StageSettings, stage: int, loss: Loss
+    checkpoint: Checkpoint, data: StageData, stage: int, dtype: torch.dtype, impl: str, rate: float
 ) -> list[StepReport]:
     """Ten steps, a report after each."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build_model(checkpoint, 2, torch.Generator().manual_seed(0)).to(device)
-    state = TrainingState(7, model)
     if stage == 1:
         freeze_below_top(model, 1)
-    state.begin_stage(stage)
     reports: list[StepReport] = []
-    train_stage(state, data, loss, settings, on_report=reports.append)
+    train_stage(
+        TrainingState(7, model, stage),
+        data,
+        stage_1_loss(data, 2, Recipe(), device) if stage == 1 else cross_entropy,
+        StageSettings(1, rate, batch_size=6),
+        dtype=dtype,
+        make_step=partial(make_step, impl=impl),
+        on_report=reports.append,
+    )
     assert len(reports) == 10
     return reports
 
 
 @pytest.fixture
 def always_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The plain path takes counted masks too; of itself it would draw them from a generator."""
+    """Without kernels masks are counted too; else they would be drawn from a generator."""
 
-    def count(*arguments: Any) -> masks.Masks:
-        state, stream, first_step, first_draw, generator, _ = arguments
-        return masks.seed_masks(state, stream, first_step, first_draw, generator, "triton")
+    def count_masks(step: Step) -> None:
+        step.make_masks = partial(counted_masks, step)
 
-    monkeypatch.setattr(inputs, "seed_masks", count)
-    monkeypatch.setattr(trunk, "seed_masks", count)
+    monkeypatch.setattr("twostage.fast.randomness.count_masks", count_masks)
     monkeypatch.setattr(stage_module, "REPORT_EVERY", 1)
 
 
@@ -90,13 +97,7 @@ def test_losses_are_those_without_kernels(
     """Each step's loss and gradient norm, as far as roundings let it (`conftest.py`)."""
 
     def run(checkpoint: Checkpoint, impl: str = "torch", rate: float = RATE) -> list[torch.Tensor]:
-        settings = StageSettings(1, rate, batch_size=6, dtype=dtype, impl=impl)
-        loss: Loss = partial(cross_entropy, impl=impl)
-        if stage == 1:
-            counts = data.class_counts(2)
-            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-            loss = make_loss("ldam", "effective", counts, device, impl=impl)
-        reports = train(checkpoint, data, settings, stage, loss)
+        reports = train(checkpoint, data, stage, dtype, impl, rate)
         return [torch.tensor([getattr(r, name) for r in reports]) for name in ("loss", "grad_norm")]
 
     spread = measure_spread(run, short_heads_checkpoint, dtype)

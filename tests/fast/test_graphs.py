@@ -5,8 +5,10 @@ On a CPU, which has no graphs, a step runs eagerly from the same tables and plac
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -17,33 +19,33 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from twostage.data.packing import TokenStore
 from twostage.data.samplers import epoch_batches
+from twostage.data.token_store import StageData, TokenStore
 from twostage.errors import NonFiniteError
+from twostage.fast import graphs as graphs_module
+from twostage.fast import monitor, trunk
+from twostage.fast.graphs import Bucket, StepGraphs, bucket_of, choose_graphs
+from twostage.fast.step import Step, StepInputs, epoch_key, make_step
+from twostage.fast.trunk import Features, cache_features
 from twostage.kernels import adamw
 from twostage.kernels.cross_entropy import IGNORED_LABEL, fused_cross_entropy
 from twostage.kernels.dropout import DropoutCounters
+from twostage.model.assembly import round_classifier
 from twostage.model.checkpoint import Checkpoint, build_model
-from twostage.training import graphs as graphs_module
+from twostage.progress import StepReport
+from twostage.recipe import Recipe
 from twostage.training import stage as stage_module
-from twostage.training import trunk
-from twostage.training.graphs import Bucket, StepGraphs, bucket_of, choose_graphs
-from twostage.training.inputs import Run, StepInputs
-from twostage.training.losses import cross_entropy, make_loss
-from twostage.training.masks import Masks
-from twostage.training.precision import cast_model
-from twostage.training.stage import StageData, StageSettings, StepReport, train_stage
+from twostage.training.losses import cross_entropy
+from twostage.training.stage import StageSettings, make_plain_step, train_stage
 from twostage.training.state import TrainingState
-from twostage.training.trunk import Features, cache_features
-from twostage.two_stage import freeze_below_top
+from twostage.two_stage import freeze_below_top, stage_1_loss
 
 MIN_USES = graphs_module.MIN_USES
+CPU = torch.device("cpu")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-GRAPHED = StageSettings(
-    epochs=2, learning_rate=5e-4, batch_size=4, dtype=torch.float32, impl="triton", graphs=True
-)
-if DEVICE.type == "cuda":  # where the kernel of short attention is one for matrix units
-    GRAPHED = replace(GRAPHED, dtype=torch.bfloat16)
+SETTINGS = StageSettings(epochs=2, learning_rate=5e-4, batch_size=4)
+# On a GPU, the kernel of short attention is one for matrix units.
+DTYPE = torch.bfloat16 if DEVICE.type == "cuda" else torch.float32
 
 
 def texts(lengths: Sequence[int]) -> StageData:
@@ -76,9 +78,9 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     steps: list[int] = []
     original = StepGraphs.replay
 
-    def replay(self: StepGraphs, bucket: Bucket, step: int, find_run: Any) -> None:
-        steps.append(step)
-        original(self, bucket, step, find_run)
+    def replay(self: StepGraphs, bucket: Bucket, number: int, rate: float) -> tuple[Tensor, Tensor]:
+        steps.append(number)
+        return original(self, bucket, number, rate)
 
     monkeypatch.setattr(StepGraphs, "replay", replay)
     return steps
@@ -86,27 +88,31 @@ def replayed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def start(checkpoint: Checkpoint, stage: int) -> TrainingState:
     model = build_model(checkpoint, 2, torch.Generator().manual_seed(0)).to(DEVICE)
-    state = TrainingState(7, model)
     if stage == 1:
         freeze_below_top(model, 1)
-    state.begin_stage(stage)
-    return state
+    return TrainingState(7, model, stage)
 
 
 def train(
     state: TrainingState,
-    settings: StageSettings,
+    settings: StageSettings = SETTINGS,
     data: StageData = DATA,
-    features: Sequence[Features] = (),
+    *,
+    dtype: torch.dtype = DTYPE,
+    impl: str = "triton",
+    graphs: bool = True,
+    **how: Any,
 ) -> list[StepReport]:
-    """A report a step."""
-    loss = make_loss("ldam", "effective", data.class_counts(2), DEVICE, impl=settings.impl)
+    """A report a step. how: for `make_step`, but `on_report`, `loss` and `make`."""
     reports: list[StepReport] = []
-    train_stage(state, data, loss, settings, features=features, on_report=reports.append)
+    on_report = how.pop("on_report", reports.append)
+    loss = how.pop("loss", stage_1_loss(data, 2, Recipe(), DEVICE))
+    make = how.pop("make", partial(make_step, impl=impl, graphs=graphs, **how))
+    train_stage(state, data, loss, settings, dtype=dtype, make_step=make, on_report=on_report)
     return reports
 
 
-CheckSteps = Callable[[list[StepReport], list[StepReport], StageSettings, int], None]
+CheckSteps = Callable[..., None]
 
 
 @pytest.fixture
@@ -116,16 +122,16 @@ def check_steps(
     """Two runs of a stage have the same steps but for roundings (`conftest.py`)."""
 
     def check(
-        ours: list[StepReport], theirs: list[StepReport], settings: StageSettings, stage: int
+        ours: list[StepReport],
+        theirs: list[StepReport],
+        stage: int,
+        settings: StageSettings = SETTINGS,
     ) -> None:
-        plain = replace(settings, graphs=False, impl="torch")
-
         def run(checkpoint: Checkpoint) -> list[Tensor]:
-            return numbers(train(start(checkpoint, stage), plain))
+            reports = train(start(checkpoint, stage), settings, impl="torch", graphs=False)
+            return numbers(reports)
 
-        measure_spread(run, short_heads_checkpoint, settings.dtype).check(
-            numbers(ours), numbers(theirs)
-        )
+        measure_spread(run, short_heads_checkpoint, DTYPE).check(numbers(ours), numbers(theirs))
         for mine, its in zip(ours, theirs, strict=True):
             assert (mine.step, mine.learning_rate) == (its.step, its.learning_rate)
 
@@ -150,14 +156,27 @@ def test_each_replayed_step_is_the_eager_step(
     sampler: str,
     epochs: int,
 ) -> None:
-    settings = replace(GRAPHED, sampler=sampler, epochs=epochs)
+    settings = replace(SETTINGS, sampler=sampler, epochs=epochs)
     states = [start(short_heads_checkpoint, stage) for _ in range(2)]
     ours = train(states[0], settings)
     assert replayed == list(range(len(ours)))
-    assert ours[-1].capture_seconds > 0
-    theirs = train(states[1], replace(settings, graphs=False))
-    check_steps(ours, theirs, settings, stage)
+    theirs = train(states[1], settings, graphs=False)
+    check_steps(ours, theirs, stage, settings)
     assert max(abs(a.loss / b.loss - 1) for a, b in zip(ours[1:], ours, strict=False)) > 0.02
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2])
+def test_each_replayed_step_is_the_plain_step_without_dropout(
+    short_heads_checkpoint: Checkpoint, replayed: list[int], check_steps: CheckSteps, stage: int
+) -> None:
+    config = replace(
+        short_heads_checkpoint.config, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
+    checkpoint = replace(short_heads_checkpoint, config=config)
+    ours = train(start(checkpoint, stage))
+    assert replayed
+    check_steps(ours, train(start(checkpoint, stage), make=make_plain_step), stage)
 
 
 @pytest.mark.slow
@@ -165,11 +184,13 @@ def test_given_features_are_read_where_they_lie(
     short_heads_checkpoint: Checkpoint, replayed: list[int], check_steps: CheckSteps
 ) -> None:
     model = start(short_heads_checkpoint, 1).model
-    features = cache_features(model, DATA.store, GRAPHED.dtype, "triton", num_epochs=2)
-    settings = [replace(GRAPHED, graphs=graphs) for graphs in (True, False)]
-    ours, theirs = (train(start(short_heads_checkpoint, 1), s, features=features) for s in settings)
+    features = cache_features(model, DATA.store, DTYPE, "triton", num_epochs=2)
+    ours, theirs = (
+        train(start(short_heads_checkpoint, 1), graphs=graphs, features=features)
+        for graphs in (True, False)
+    )
     assert replayed
-    check_steps(ours, theirs, GRAPHED, 1)
+    check_steps(ours, theirs, 1)
 
 
 @pytest.mark.slow
@@ -178,14 +199,13 @@ def test_a_stage_that_is_left_and_entered_again_goes_on_as_if_it_had_not_been(
     short_heads_checkpoint: Checkpoint, check_steps: CheckSteps, stage: int, epochs: int
 ) -> None:
     """In the middle of an epoch, and of a window."""
-    settings = replace(GRAPHED, epochs=epochs)
+    settings = replace(SETTINGS, epochs=epochs)
     whole = train(start(short_heads_checkpoint, stage), settings)
 
     class Leave(Exception):
         pass
 
-    state, first = start(short_heads_checkpoint, stage), []
-    loss = make_loss("ldam", "effective", DATA.class_counts(2), DEVICE, impl="triton")
+    state, first = start(short_heads_checkpoint, stage), list[StepReport]()
 
     def leave(report: StepReport) -> None:
         first.append(report)
@@ -193,8 +213,8 @@ def test_a_stage_that_is_left_and_entered_again_goes_on_as_if_it_had_not_been(
             raise Leave
 
     with pytest.raises(Leave):
-        train_stage(state, DATA, loss, settings, on_report=leave)
-    check_steps([*first, *train(state, settings)], whole, settings, stage)
+        train(state, settings, on_report=leave)
+    check_steps([*first, *train(state, settings)], whole, stage, settings)
 
 
 @pytest.mark.slow
@@ -205,14 +225,14 @@ def test_long_texts_and_rare_classes_run_eagerly(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(graphs_module, "MAX_SHORT_LENGTH", 12)
-    ours = train(start(short_heads_checkpoint, 1), GRAPHED)
+    ours = train(start(short_heads_checkpoint, 1))
     batches = [b for e in (0, 1) for b in _batches(e)]
     long = [i for i, rows in enumerate(batches) if max(DATA.store.lengths[rows]) > 12]
     assert 2 <= len(long) <= len(ours) - 2
     assert replayed == [i for i in range(len(ours)) if i not in long]
     replayed.clear()
     monkeypatch.setattr(graphs_module, "MIN_USES", 100)
-    check_steps(train(start(short_heads_checkpoint, 1), GRAPHED), ours, GRAPHED, 1)
+    check_steps(train(start(short_heads_checkpoint, 1)), ours, 1)
     assert not replayed
 
 
@@ -233,13 +253,12 @@ def test_a_step_that_is_not_finite_is_found_and_changes_nothing(
 
     def loss_function(logits_BC: Tensor, labels_B: Tensor) -> Tensor:
         weights.append([p.detach().clone() for p in state.model.parameters()])
-        loss = cross_entropy(logits_BC, labels_B, impl="triton")
+        loss = fused_cross_entropy(logits_BC, labels_B, impl="triton")
         return torch.where((labels_B == 1).any(), float("nan"), loss)
 
-    settings = replace(GRAPHED, epochs=6)
     with pytest.raises(NonFiniteError, match=r"rows .*\b7\b"):
-        train_stage(state, data, loss_function, settings)
-    assert state.step < len(replayed) + 2
+        train(state, replace(SETTINGS, epochs=6), data, loss=loss_function)
+    assert state.step <= len(replayed) - 1
     assert all(torch.isfinite(p).all() for p in state.model.parameters())
     if DEVICE.type == "cpu":  # the only length class calls the loss, and then each step
         torch.testing.assert_close(list(state.model.parameters()), weights[1 + state.step])
@@ -259,34 +278,36 @@ def test_compiling_leaves_no_trace(
     class Leave(Exception):
         pass
 
-    state, calls = start(short_heads_checkpoint, stage), []
+    state, calls = start(short_heads_checkpoint, stage), list[int]()
     original = StepGraphs.compile
 
-    def compile_watched(self: StepGraphs, take_step: Any, hidden_ED: Tensor | None) -> None:
-        assert state.moments is not None
-        assert state.loss_scale is not None
-        scalars = (state.moments.updates, state.loss_scale.factor, state.loss_scale.calm_steps)
-        for number, scalar in enumerate(scalars):
-            scalar.fill_(64.0 * 2**number)  # as in the middle of a stage
-        tensors = [state.moments.exp_avg_P, state.moments.exp_avg_sq_P, *scalars]
-        tensors[0].normal_()
-        tensors += state.model.parameters()
+    def compile_watched(self: StepGraphs) -> None:
+        step = self._step
+        names = ("updates", "loss_factor", "calm_steps")
+        for number, name in enumerate(names):
+            state.optimizer[name].fill_(64.0 * 2**number)  # as in the middle of a stage
+        state.optimizer["exp_avg_P"].normal_()
+        tensors = [*state.optimizer.values(), *state.model.parameters()]
         before = [*(t.detach().clone() for t in tensors), torch.get_rng_state()]
+        train_on = step.train_on
 
-        def take_and_count(inputs: StepInputs) -> None:
-            take_step(inputs)
+        def train_and_count(inputs: StepInputs) -> tuple[Tensor, Tensor]:
             calls.append(inputs.layout.max_length)
+            return train_on(inputs)
 
-        original(self, take_and_count, hidden_ED)
+        step.train_on = train_and_count  # type: ignore[method-assign]
+        original(self)
         for tensor, its in zip([*tensors, torch.get_rng_state()], before, strict=True):
             assert torch.equal(tensor, its)
+        for check in step.checks:
+            check(9)  # nothing was found
         raise Leave
 
     monkeypatch.setattr(StepGraphs, "compile", compile_watched)
     with pytest.raises(Leave):
-        train(state, replace(GRAPHED, dtype=torch.float16, graphs=graphs))
+        train(state, dtype=torch.float16, graphs=graphs)
     assert calls == [16, 32], "the lengths in DATA are up to 20"
-    assert (state.epoch, state.batch, state.step) == (0, 0, 0)
+    assert state.step == 0
 
 
 @pytest.mark.slow
@@ -294,15 +315,28 @@ def test_compiling_leaves_no_trace(
 def test_steps_are_the_same_had_nothing_been_compiled(
     short_heads_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, stage: int
 ) -> None:
-    settings = replace(GRAPHED, epochs=1)
+    settings = replace(SETTINGS, epochs=1)
     ours = train(start(short_heads_checkpoint, stage), settings)
-    monkeypatch.setattr(StepGraphs, "compile", lambda self, take_step, hidden_ED: None)
+    monkeypatch.setattr(StepGraphs, "compile", lambda self: None)
     # Where there are graphs, what they record must have run before.
-    settings = replace(settings, graphs=DEVICE.type == "cpu")
-    theirs = train(start(short_heads_checkpoint, stage), settings)
+    theirs = train(start(short_heads_checkpoint, stage), settings, graphs=DEVICE.type == "cpu")
     if DEVICE.type == "cpu":
         assert [(r.loss, r.grad_norm) for r in ours] == [(r.loss, r.grad_norm) for r in theirs]
     assert len(ours) == len(theirs) == 4
+
+
+@pytest.mark.slow
+def test_the_time_of_compiling_is_told(short_heads_checkpoint: Checkpoint) -> None:
+    steps: list[Step] = []
+
+    @contextmanager
+    def make(*arguments: Any) -> Iterator[Step]:
+        with make_step(*arguments, impl="triton") as step:
+            steps.append(step)
+            yield step
+
+    train(start(short_heads_checkpoint, 1), replace(SETTINGS, epochs=1), make=make)
+    assert steps[0].capture_seconds > 0
 
 
 @pytest.mark.parametrize("graphs", [True, False])
@@ -326,9 +360,9 @@ def test_no_step_asks_for_another_kernel(
 
     original_compile, original_compute = StepGraphs.compile, trunk.compute_features
 
-    def compile_first(self: StepGraphs, take_step: Any, hidden_ED: Tensor | None) -> None:
+    def compile_first(self: StepGraphs) -> None:
         nonlocal compiled
-        original_compile(self, take_step, hidden_ED)
+        original_compile(self)
         compiled = True
 
     def compute_features(*arguments: Any) -> Features:
@@ -342,9 +376,9 @@ def test_no_step_asks_for_another_kernel(
     monkeypatch.setattr(StepGraphs, "compile", compile_first)
     monkeypatch.setattr(trunk, "compute_features", compute_features)
     # Nothing runs, so nothing that is computed means anything.
-    monkeypatch.setattr(stage_module.Monitor, "find_bad_step", lambda self: None)
+    monkeypatch.setattr(monitor.Monitor, "check", lambda self, number: None)
     data = texts([3, 9, 5, 17, 4, 4, 12, 2, 6, 7, 3, 5, 20, 3, 9, 33, 2, 8] * 4)
-    assert len(data) % GRAPHED.batch_size == 0
+    assert len(data) % SETTINGS.batch_size == 0
     if graphs:  # which have room for as many texts in every step
         data = texts([*data.store.lengths.tolist(), 5])
     checkpoint = replace(
@@ -353,7 +387,7 @@ def test_no_step_asks_for_another_kernel(
         tensors=short_heads_checkpoint.tensors
         | {"embeddings.position.weight": torch.zeros(64, 64)},
     )
-    train(start(checkpoint, stage), replace(GRAPHED, graphs=graphs, epochs=1), data)
+    train(start(checkpoint, stage), replace(SETTINGS, epochs=1), data, graphs=graphs)
     assert compiled
     assert len({key[0] for key in seen}) > 8
     assert not late
@@ -372,30 +406,37 @@ def kind_of(value: Any) -> Any:
 
 
 def inputs_of_steps(
-    batches: list[list[int]], data: StageData
+    checkpoint: Checkpoint, batches: list[list[int]], data: StageData
 ) -> tuple[list[StepInputs], list[Bucket]]:
-    """Those of each step of a run, and its bucket."""
-    seen: list[StepInputs] = []
-    lengths_N = data.store.lengths.numpy()
+    """Those of each step of the second epoch, and its bucket."""
     rows = [np.array(batch) for batch in batches]
-    graphs = StepGraphs(seen.append, rows * 2, lengths_N, lambda step: 1 / (1 + step), CPU)
-    masks = Masks(torch.Generator(), torch.tensor([5]), first_draw=40)
-    labels = [data.labels_N[r] for r in rows]
-    run = Run(10, rows, data.store, labels, masks, None)
-    buckets = [bucket_of(lengths_N[r]) for r in rows]
-    for step, bucket in enumerate(buckets):
-        assert bucket is not None
-        graphs.replay(bucket, 10 + step, lambda: run)
+    state, seen = start(checkpoint, 2), list[StepInputs]()
+    make = partial(make_step, impl="triton", graphs=True)
+    with make(state, data, cross_entropy, [rows, rows], torch.float32) as step:
+        step.train_on = lambda inputs: seen.append(inputs)  # type: ignore
+        graphs = StepGraphs(step, enabled=True)
+        buckets = [graphs.find_bucket(r) for r in rows]
+        for number, bucket in enumerate(buckets, len(rows)):
+            assert bucket is not None
+            graphs.replay(bucket, number, 1 / (1 + number))
+            seen[-1] = replace(seen[-1], learning_rate=seen[-1].learning_rate.clone())
     return seen, [bucket for bucket in buckets if bucket]
 
 
-CPU = torch.device("cpu")
-
-
-def test_the_tables_give_each_step_its_texts_labels_masks_and_learning_rate() -> None:
+def test_the_tables_give_each_step_its_texts_labels_masks_and_learning_rate(
+    short_heads_checkpoint: Checkpoint,
+) -> None:
     batches = [[3, 0], [1, 2, 3], [4]]
-    seen, buckets = inputs_of_steps(batches, DATA)
-    draws = iter(range(40, 46))
+    # All words of the vocabulary occur: none is renumbered.
+    data = StageData(
+        TokenStore(
+            torch.cat([DATA.store.ids, torch.arange(101).int()]),
+            torch.cat([DATA.store.offsets, DATA.store.offsets[-1:] + 101]),
+        ),
+        np.append(DATA.labels_N, 0),
+    )
+    seen, buckets = inputs_of_steps(short_heads_checkpoint, batches, data)
+    draws = iter(range(6))
     for step, (inputs, rows, bucket) in enumerate(zip(seen, batches, buckets, strict=True)):
         texts = [DATA.store.ids[a:b].tolist() for a, b in _spans(rows)]
         ends = np.cumsum([len(text) for text in texts]).tolist()
@@ -412,15 +453,17 @@ def test_the_tables_give_each_step_its_texts_labels_masks_and_learning_rate() ->
         expected = [n for n, text in zip(numbers, texts, strict=True) for _ in text]
         assert isinstance(inputs.randomness, DropoutCounters)
         assert inputs.randomness.draws_T[: ends[-1]].tolist() == expected
-        assert int(inputs.randomness.key) == 5
+        assert int(inputs.randomness.key) == int(epoch_key(7, 2, 1, CPU))
         assert inputs.learning_rate.dtype == torch.float64
-        assert float(inputs.learning_rate) == 1 / (11 + step)
+        assert float(inputs.learning_rate) == 1 / (4 + step)
         assert (inputs.layout.first_tokens_B < bucket.num_tokens).all()
 
 
-def test_a_missing_text_begins_within_the_bucket_where_there_is_no_filler() -> None:
+def test_a_missing_text_begins_within_the_bucket_where_there_is_no_filler(
+    short_heads_checkpoint: Checkpoint,
+) -> None:
     data = texts([32, 32, 5, 5, 5])
-    (full, _), (bucket, _) = inputs_of_steps([[0, 1], [2, 3, 4]], data)
+    (full, _), (bucket, _) = inputs_of_steps(short_heads_checkpoint, [[0, 1], [2, 3, 4]], data)
     assert full.layout.cu_seqlens.tolist() == [0, 32, 64, 64]
     assert bucket.num_tokens == 64
     assert full.layout.first_tokens_B.tolist() == [0, 32, 63]
@@ -435,10 +478,11 @@ def test_filler_tokens_and_missing_texts_have_gradients_of_exactly_zero(
     short_heads_checkpoint: Checkpoint, nudged: Any
 ) -> None:
     """The filler of a step is the next step's texts: words that the step itself does not have."""
-    data = texts([4, 6, 5, 9])
+    data = texts([4, 6, 5, 9, 101])
     data.store.ids[:15] = data.store.ids[:15] % 40 + 1
-    data.store.ids[15:] = 60 + torch.arange(9).int()
-    (first, _), _ = inputs_of_steps([[0, 1], [3, 2, 0]], data)
+    data.store.ids[15:24] = 60 + torch.arange(9).int()
+    data.store.ids[24:] = torch.arange(101).int()  # no word is renumbered
+    (first, _), _ = inputs_of_steps(short_heads_checkpoint, [[0, 1], [3, 2, 0]], data)
     assert set(range(60, 69)) <= set(first.input_ids_T.tolist())
 
     def gradients(
@@ -446,7 +490,7 @@ def test_filler_tokens_and_missing_texts_have_gradients_of_exactly_zero(
     ) -> dict[str, Tensor]:
         plain = build_model(checkpoint, 2, torch.Generator().manual_seed(0))
         parameters = dict(plain.named_parameters())
-        model = cast_model(plain.bert.config, parameters, GRAPHED.dtype, "triton").to(DEVICE)
+        model = round_classifier(plain.bert.config, parameters, DTYPE, "triton").to(DEVICE)
         rows = torch.arange(num_tokens)
         assert isinstance(first.randomness, DropoutCounters)
         counters = first.randomness.take(rows)
@@ -458,13 +502,11 @@ def test_filler_tokens_and_missing_texts_have_gradients_of_exactly_zero(
             cu_seqlens=cu_seqlens.to(DEVICE),
             first_tokens_B=cu_seqlens[:-1].long().to(DEVICE),
         )
-        logits_BC = model(
-            first.input_ids_T[rows].to(DEVICE),
-            first.position_ids_T[rows].to(DEVICE),
-            layout.cu_seqlens,
-            layout=layout,
-            randomness=DropoutCounters(key, draws_T, positions_T, torch.Generator(DEVICE)),
-        )
+        randomness = DropoutCounters(key, draws_T, positions_T, torch.Generator(DEVICE))
+        below_last = len(model.bert.layers) - 1
+        inputs = (first.input_ids_T[rows].to(DEVICE), first.position_ids_T[rows].to(DEVICE))
+        hidden_TD = model.bert(*inputs, layout, num_layers=below_last, randomness=randomness)
+        logits_BC = model.classifier(model.bert.pool(hidden_TD, layout, below_last, randomness))
         fused_cross_entropy(logits_BC, labels_B.to(DEVICE), impl="triton").backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -479,10 +521,10 @@ def test_filler_tokens_and_missing_texts_have_gradients_of_exactly_zero(
         return gradients(checkpoint, 10, cu_seqlens[:3], first.labels_B[:2])
 
     alone = gradients_alone(short_heads_checkpoint)
-    others = [gradients_alone(nudged(short_heads_checkpoint, GRAPHED.dtype, i)) for i in range(3)]
+    others = [gradients_alone(nudged(short_heads_checkpoint, DTYPE, i)) for i in range(3)]
     for name, gradient in alone.items():
         by_rounding = max(float((other[name] - gradient).norm()) for other in others)
-        allowed = 4 * (by_rounding + torch.finfo(GRAPHED.dtype).eps * float(gradient.norm()))
+        allowed = 4 * (by_rounding + torch.finfo(DTYPE).eps * float(gradient.norm()))
         assert float((whole[name] - gradient).norm()) <= allowed, name
 
 
@@ -533,10 +575,17 @@ def test_a_rare_class_uses_a_longer_ones_graph() -> None:
 
 
 @pytest.mark.usefixtures("as_many_uses_as_set")
-def test_a_batch_is_given_its_graph_by_its_lengths() -> None:
-    lengths_N = np.array([10, 60, 100])
+def test_a_batch_is_given_its_graph_by_its_lengths(
+    short_heads_checkpoint: Checkpoint,
+) -> None:
+    data = texts([10, 60, 100])
     batches = [np.array(rows) for rows in [[0]] * 4 + [[1, 2]] * 3 + [[2]]]
-    graphs = StepGraphs(lambda inputs: None, batches, lengths_N, float, CPU)
-    assert graphs.find_bucket(np.array([0])) == Bucket(64, 16)
-    assert graphs.find_bucket(np.array([2])) == Bucket(192, 128)
-    assert graphs.find_bucket(np.array([1])) is None, "no batch of the stage"
+    config = replace(short_heads_checkpoint.config, max_position_embeddings=128)
+    tensors = short_heads_checkpoint.tensors | {"embeddings.position.weight": torch.zeros(128, 64)}
+    state = start(replace(short_heads_checkpoint, config=config, tensors=tensors), 2)
+    make = partial(make_step, impl="triton")
+    with make(state, data, cross_entropy, [batches], torch.float32) as step:
+        graphs = StepGraphs(step, enabled=True)
+        assert graphs.find_bucket(np.array([0])) == Bucket(64, 16)
+        assert graphs.find_bucket(np.array([2])) == Bucket(192, 128)
+        assert graphs.find_bucket(np.array([1])) is None, "no batch of the stage"

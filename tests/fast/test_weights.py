@@ -1,24 +1,26 @@
-"""The working copy and its masters."""
+"""Flat weights, the rounded model and the words that occur train what the plain step trains."""
 
 import weakref
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from twostage.errors import UsageError
+from twostage.data.token_store import TokenStore
+from twostage.fast import step as step_module
+from twostage.fast.step import make_step
+from twostage.fast.weights import ALIGN_TO, FlatWeights, clip_divisor, renumber_tokens
 from twostage.model.bert import BertClassifier
 from twostage.model.checkpoint import Checkpoint, build_model
-from twostage.training.optim import Moments, make_moments, update_weights
-from twostage.training.precision import (
-    ALIGN_TO,
-    WorkingCopy,
-    check_kernels,
-    choose_device,
-    choose_precision,
-)
+from twostage.training.optim import clip_gradients
+from twostage.training.stage import make_plain_step
+from twostage.training.state import TrainingState
+
+NEVER_USED = torch.arange(80, 101)
+"""Tokens that no text of the data has."""
 
 
 @pytest.fixture
@@ -31,13 +33,16 @@ def run(model: BertClassifier) -> torch.Tensor:
     return model(ids, torch.tensor([0, 1, 2, 3, 0, 1, 2, 3]), torch.tensor([0, 4, 8]))
 
 
-def step(
-    work: WorkingCopy, gradients_P: torch.Tensor, rate: float, moments: Moments | None = None
-) -> None:
-    """One of AdamW: at first, of every weight with a gradient, by the learning rate."""
-    moments = moments or make_moments(work.weights_P)
+def flatten(
+    model: BertClassifier, dtype: torch.dtype, used_tokens_V: torch.Tensor | None = None
+) -> FlatWeights:
+    return FlatWeights(TrainingState(7, model), dtype, used_tokens_V)
+
+
+def update(work: FlatWeights, gradients_P: torch.Tensor, rate: float) -> None:
+    """AdamW's first update moves every weight with a gradient by the learning rate."""
     learning_rate = torch.tensor(rate, dtype=torch.float64)
-    update_weights(work, gradients_P, moments, learning_rate, torch.ones(()), torch.zeros(()))
+    work.update(gradients_P, learning_rate, torch.ones(()), torch.tensor(False))
 
 
 def end_to_end(tensors: Iterable[torch.Tensor]) -> torch.Tensor:
@@ -50,7 +55,7 @@ def shares_memory(a: torch.Tensor, b: torch.Tensor) -> bool:
 
 
 def test_in_fp32_the_working_copy_has_the_models_own_weights(model: BertClassifier) -> None:
-    with WorkingCopy(model, torch.float32) as work:
+    with flatten(model, torch.float32) as work:
         pairs = zip(model.parameters(), work.model.parameters(), strict=True)
         assert all(shares_memory(master, twin) for master, twin in pairs)
 
@@ -59,7 +64,7 @@ def test_in_bf16_everything_but_embeddings_and_norms_is_rounded_and_the_masters_
     model: BertClassifier,
 ) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    work = WorkingCopy(model, torch.bfloat16)
+    work = flatten(model, torch.bfloat16)
     for name, copied in work.model.named_parameters():
         if name.startswith("bert.embeddings.") or "norm" in name:
             assert shares_memory(copied, model.get_parameter(name))
@@ -73,13 +78,13 @@ def test_in_bf16_everything_but_embeddings_and_norms_is_rounded_and_the_masters_
 def test_gradients_reach_the_masters_in_fp32_and_new_weights_the_copy(
     model: BertClassifier,
 ) -> None:
-    work = WorkingCopy(model, torch.bfloat16)
+    work = flatten(model, torch.bfloat16)
     run(work.model).float().square().sum().backward()
     gradients_P = work.take_gradients()
     assert gradients_P.dtype == torch.float32
     assert torch.equal(gradients_P, end_to_end(p.grad for p in model.parameters()))
     before = work.weights_P.clone()
-    step(work, gradients_P, 1e-3)
+    update(work, gradients_P, 1e-3)
     moved_P = 1e-3 * gradients_P / (gradients_P.abs() + 1e-8)
     torch.testing.assert_close(work.weights_P, before - moved_P)
     assert torch.equal(work.weights_P, end_to_end(model.parameters()))
@@ -99,7 +104,7 @@ def test_masters_gradients_and_copy_are_aligned_as_torchs_own(
     model = build_model(tiny_checkpoint, 3, torch.Generator().manual_seed(0))
     assert sum(p.numel() % ALIGN_TO != 0 for p in model.parameters()) > 10
     assert torch.empty(1).data_ptr() % 64 == 0
-    with WorkingCopy(model, dtype, torch.tensor([3, 8, 40])) as work:
+    with flatten(model, dtype, torch.tensor([3, 8, 40])) as work:
         gradients = [master.grad for master in work.masters]
         for tensor in (*work.masters, *gradients, *work.model.parameters()):
             assert tensor is not None
@@ -113,11 +118,11 @@ def test_gradients_are_those_of_the_last_backward_alone(
     """Of the word embeddings too, which name the few rows that the batch has read."""
     ids = (torch.arange(1, 9), torch.tensor([5, 5, 90, 91, 92, 5, 5, 5]))
     positions, cu_seqlens = torch.tensor([0, 1, 2, 3] * 2), torch.tensor([0, 4, 8])
-    with WorkingCopy(model, dtype) as work:
+    with flatten(model, dtype) as work:
         for batch in ids:
             work.model(batch, positions, cu_seqlens).float().square().sum().backward()
             after_two = work.take_gradients().clone()
-    with WorkingCopy(model, dtype) as work:
+    with flatten(model, dtype) as work:
         work.model(ids[1], positions, cu_seqlens).float().square().sum().backward()
         assert torch.equal(after_two, work.take_gradients())
 
@@ -128,10 +133,10 @@ def test_with_fewer_tokens_the_copy_computes_the_same_and_its_rows_return_when_i
 ) -> None:
     used = torch.tensor([3, 8, 40])
     positions, cu_seqlens = torch.tensor([0, 1, 0]), torch.tensor([0, 2, 3])
-    with WorkingCopy(model, dtype) as work:
+    with flatten(model, dtype) as work:
         expected = work.model(used, positions, cu_seqlens)
     before = model.bert.embeddings.word.weight.detach().clone()
-    work = WorkingCopy(model, dtype, used)
+    work = flatten(model, dtype, used)
     assert torch.equal(work.model(torch.arange(3), positions, cu_seqlens), expected)
     assert sum(m.numel() for m in work.masters) == (
         sum(p.numel() for p in model.parameters()) - (101 - 3) * 24
@@ -146,7 +151,7 @@ def test_with_fewer_tokens_the_copy_computes_the_same_and_its_rows_return_when_i
 
 
 def test_a_copy_that_was_left_is_freed_at_once(model: BertClassifier) -> None:
-    with WorkingCopy(model, torch.bfloat16) as work:
+    with flatten(model, torch.bfloat16) as work:
         run(work.model).float().sum().backward()
         gone = weakref.ref(work)
     del work
@@ -154,53 +159,33 @@ def test_a_copy_that_was_left_is_freed_at_once(model: BertClassifier) -> None:
 
 
 def test_updates_below_bf16_resolution_add_up_in_the_masters(model: BertClassifier) -> None:
-    work = WorkingCopy(model, torch.bfloat16)
+    work = flatten(model, torch.bfloat16)
     master, copied = (m.get_parameter("classifier.2.bias") for m in (model, work.model))
     with torch.no_grad():
         master.fill_(1.0)
-    moments = make_moments(work.weights_P)
     for _ in range(100):  # bf16 cannot represent 1.0001: one at a time, all would be lost
-        step(work, -torch.ones_like(work.weights_P), 1e-4, moments)
+        update(work, -torch.ones_like(work.weights_P), 1e-4)
     assert copied.float().mean().item() == pytest.approx(1.01, abs=0.004)
     assert copied[0] != 1.0
 
 
 def test_bf16_logits_stay_close_to_fp32(model: BertClassifier) -> None:
-    exact, rounded = run(model), run(WorkingCopy(model, torch.bfloat16).model)
+    exact, rounded = run(model), run(flatten(model, torch.bfloat16).model)
     assert (rounded.float() - exact).norm() < 0.03 * exact.norm()
 
 
 def test_frozen_parameters_have_no_master(model: BertClassifier) -> None:
     model.requires_grad_(False)
     model.classifier.requires_grad_(True)
-    work = WorkingCopy(model, torch.bfloat16)
+    work = flatten(model, torch.bfloat16)
     assert len(work.masters) == 4
     run(work.model).float().sum().backward()
     assert all(p.grad is None for p in work.model.bert.parameters())
 
 
-def test_device_names() -> None:
-    assert choose_device("cpu") == torch.device("cpu")
-    assert choose_device("auto").type in ("cpu", "cuda")
-    for name in ("tpu", "gpu:0", "cuda:99", "meta", ""):
-        with pytest.raises(UsageError, match=f"device is '{name}'"):
-            choose_device(name)
-
-
-def test_precision_names() -> None:
-    cpu = torch.device("cpu")
-    assert choose_precision("fp32", cpu) == torch.float32
-    assert choose_precision("bf16", cpu) == torch.bfloat16
-    native = torch.cpu.get_capabilities().get("avx512_bf16", False)
-    assert choose_precision("auto", cpu) == (torch.bfloat16 if native else torch.float32)
-    assert choose_precision("fp16", cpu) == torch.float16
-    with pytest.raises(UsageError, match="'int8'"):
-        choose_precision("int8", cpu)
-
-
 def test_gradients_copied_all_at_once_are_those_copied_one_by_one(model: BertClassifier) -> None:
     """The one is the way on a GPU, the other on a CPU."""
-    with WorkingCopy(model, torch.bfloat16) as work:
+    with flatten(model, torch.bfloat16) as work:
         work.model.bert.embeddings.word.sparse = False
         found = []
         for at_once in (False, True, True):
@@ -212,23 +197,60 @@ def test_gradients_copied_all_at_once_are_those_copied_one_by_one(model: BertCla
     assert torch.equal(found[0], found[2])
 
 
-def test_kernels_that_cannot_run_are_refused_in_a_sentence(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_stage_2_has_the_plain_losses_and_weights(
+    tiny_checkpoint: Checkpoint, train: Any, dtype: torch.dtype
 ) -> None:
-    cpu = torch.device("cpu")
-    for impl in ("auto", "torch"):
-        check_kernels(impl, False, "auto", cpu)
-    with pytest.raises(UsageError, match="kernels are 'cuda'; expected one of auto, torch, triton"):
-        check_kernels("cuda", False, "auto", cpu)
-    with pytest.raises(UsageError, match="graphs need kernels 'triton'; they are 'auto'"):
-        check_kernels("auto", True, "bf16", cpu)
-    with pytest.raises(UsageError, match="graphs need precision bf16 or fp16; it is fp32"):
-        check_kernels("triton", True, "fp32", torch.device("cuda"))
-    with pytest.raises(UsageError, match="graphs need a CUDA GPU, and the device is cpu"):
-        check_kernels("triton", True, "bf16", cpu)
-    monkeypatch.setattr("twostage.kernels._INTERPRETED", False)
-    with pytest.raises(UsageError, match="need a CUDA GPU, and the device is cpu; leave"):
-        check_kernels("triton", False, "auto", cpu)
-    monkeypatch.setattr("twostage.kernels.triton", None)
-    with pytest.raises(UsageError, match="Triton is not installed here"):
-        check_kernels("triton", False, "auto", torch.device("cuda"))
+    """Dropout's masks are the same; in bf16 the rounded weights are too."""
+    loose = dtype == torch.bfloat16
+    plain, fast = (
+        train(tiny_checkpoint, 2, make, dropout=0.1, dtype=dtype, epochs=1)
+        for make in (make_plain_step, make_step)
+    )
+    assert fast.losses == pytest.approx(plain.losses, rel=1e-2 if loose else 1e-5)
+    untrained = build_model(tiny_checkpoint, 2, torch.Generator().manual_seed(0))
+    ours_P, theirs_P, before_P = (
+        torch.cat([p.detach().flatten() for p in model.parameters()])
+        for model in (fast.state.model, plain.state.model, untrained)
+    )
+    # AdamW moves a weight whose gradient is nothing but rounding by its whole rate.
+    assert (ours_P - theirs_P).norm() < (0.3 if loose else 0.03) * (theirs_P - before_P).norm()
+
+
+def test_unseen_word_rows_stay_and_the_others_are_a_dense_trainings(
+    tiny_checkpoint: Checkpoint, train: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same loop on the compact and on the whole table."""
+    before = tiny_checkpoint.tensors["embeddings.word.weight"]
+    tables, losses = [], []
+    for renumber in (renumber_tokens, lambda store: (store, None)):
+        monkeypatch.setattr(step_module, "renumber_tokens", renumber)
+        trained = train(tiny_checkpoint, 2, make_step, dropout=0.1)
+        losses.append(trained.losses)
+        tables.append(trained.state.model.bert.embeddings.word.weight.detach())
+        assert torch.equal(tables[-1][NEVER_USED], before[NEVER_USED])
+        assert not torch.equal(tables[-1], before)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+    torch.testing.assert_close(*tables, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1.0, 1e6])
+@pytest.mark.parametrize("loss_factor", [1.0, 1024.0])
+def test_the_divisor_clips_as_the_plain_step_does(max_norm: float, loss_factor: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    gradients = [torch.randn(shape, generator=generator) for shape in ((3, 4), (5,), (1,))]
+    gradients_P = loss_factor * torch.cat([g.flatten() for g in gradients])
+    norm, divisor = clip_divisor(gradients_P, torch.tensor(loss_factor), max_norm)
+    clipped, expected = clip_gradients(gradients, max_norm)
+    torch.testing.assert_close(norm, expected)
+    torch.testing.assert_close(gradients_P / divisor, torch.cat([g.flatten() for g in clipped]))
+
+
+def test_renumbered_tokens_are_the_used_ones_in_order_and_lead_back() -> None:
+    ids, offsets = torch.tensor([7, 101, 7, 30_000, 0, 101]).int(), torch.tensor([0, 3, 4, 6])
+    store = TokenStore(ids, offsets)
+    renumbered, used_tokens_V = renumber_tokens(store)
+    assert used_tokens_V.tolist() == [0, 7, 101, 30_000]
+    assert renumbered.ids.tolist() == [1, 2, 1, 3, 0, 2]
+    assert renumbered.ids.dtype == store.ids.dtype
+    assert torch.equal(used_tokens_V[renumbered.ids.long()], store.ids.long())
