@@ -80,7 +80,7 @@ from twostage.recipe import Recipe
 from twostage.training.losses import Loss, cross_entropy
 from twostage.training.stage import StageSettings, train_stage
 from twostage.training.state import TrainingState
-from twostage.two_stage import freeze_below_top, stage_1_loss
+from twostage.two_stage import freeze_below_top, stage_1_signal
 
 SEED = 7
 LEARNING_RATES = {1: 1e-4, 2: 1e-5}
@@ -349,7 +349,7 @@ def prepare(
         loss: Loss = cross_entropy
         if stage == 1:
             freeze_below_top(ours, 1)
-            loss = stage_1_loss(data, 2, Recipe(), device)
+            loss = stage_1_signal(data, None, 2, Recipe(), device)[1]
         stage_settings = StageSettings(
             epochs=1, learning_rate=learning_rate, batch_size=batch_size, schedule_steps=num_steps
         )

@@ -1,8 +1,9 @@
 """The operations at the bottom of the model, one file each. Installed as `twostage.kernels`.
 
 Read a file from top to bottom: the docstring states the formula and derives the gradient; then come
-the function that the model calls, the reference that leaves the gradient to autograd, the autograd
-function, and the Triton kernels with what launches them. Imports torch and, where there is one,
+the function that the model calls, the reference that leaves the gradient to autograd (the loss has
+its in `training/losses.py`, AdamW in `training/optim.py`), the autograd function, and the Triton
+kernels with what launches them. Imports torch and, where there is one,
 Triton.
 
 Which of them runs is said by `impl`, an argument of every operation that has a Triton kernel:
@@ -79,7 +80,7 @@ def triton_problem(device: torch.device) -> str | None:
 
 
 def jit(function: Callable[..., Any]) -> Any:
-    """`triton.jit`; without Triton, the function as it is, which then nobody calls.
+    """`triton.jit`; without Triton, the function as it is, which is then never called.
 
     Numbers are not specialised on: a kernel is not compiled again for a count of rows that happens
     to be a multiple of 16.

@@ -91,14 +91,15 @@ class PackedLayout:
 
 
 def packed_layout(cu_seqlens: Tensor, device: torch.device | None = None) -> PackedLayout:
-    """For texts that start at `cu_seqlens` ([B+1] integer, from 0 to N), on `device`.
+    """Texts that start at `cu_seqlens` ([B+1] integer, from 0 to N), laid out on `device`.
 
-    device: None: that of `cu_seqlens`. From the CPU to a GPU there is no host sync; reading
-    `cu_seqlens` from a GPU is one.
+    device: None: where `cu_seqlens` is. There is a host sync only if that is a GPU.
     """
     on_host, on_device = cu_seqlens.cpu(), cu_seqlens.int()
-    if device is not None and device.type != "cpu" and cu_seqlens.device.type == "cpu":
-        on_device = on_device.pin_memory().to(device, non_blocking=True)
+    if device is not None and device != on_device.device:
+        if on_device.device.type == "cpu":
+            on_device = on_device.pin_memory()
+        on_device = on_device.to(device, non_blocking=True)
     return PackedLayout(on_device, on_device[:-1].long(), int(on_host.diff().max()), on_host)
 
 

@@ -9,6 +9,8 @@ One operation covers the losses of two-stage fine-tuning:
     class-weighted          w_c,    m = 0,  s = 1
     LDAM                    w_c,    m_c = max_m · (n_c / n_min)^(-1/4),  s
 
+`training/losses.py` has the same formulas with the gradient left to autograd.
+
 Gradient. With p_bc = softmax(z_b)_c, and dz/dlogits = s,
 
     ∂L/∂logits_bc = s · (w_{y_b} / Σ_b w_{y_b}) · (p_bc − [c = y_b])

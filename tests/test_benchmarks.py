@@ -22,7 +22,7 @@ from twostage.data.samplers import random_batches
 from twostage.fast import step as step_module
 from twostage.fast import trunk as trunk_module
 from twostage.fast.graphs import StepGraphs, bucket_of
-from twostage.fast.step import Step
+from twostage.fast.step import Place, Step
 from twostage.fast.trunk import compute_features
 from twostage.fast.weights import FlatWeights
 from twostage.kernels.cross_entropy import fused_cross_entropy
@@ -104,6 +104,7 @@ def test_steps_of_ours_tick_as_they_return_and_tell_of_their_captures_at_the_end
     @contextmanager
     def make_step(*arguments: Any) -> Iterator[Step]:
         events.append("begins")
+        step.places = [Place(0, rows_B, 0) for rows_B in arguments[3][0]]
         yield step
 
     def tick(loss: torch.Tensor) -> None:
@@ -121,7 +122,7 @@ def test_steps_of_ours_tick_as_they_return_and_tell_of_their_captures_at_the_end
 
 
 def make_small_step(workload: ModuleType, data: Any, batches: list[np.ndarray]) -> Step:
-    """Of a small model, for one epoch of stage 2."""
+    """A step of a small model, for one epoch of stage 2."""
     checkpoint = workload.random_checkpoint(workload.SHAPES["tiny"])
     state = TrainingState(7, build_model(checkpoint, 2, torch.Generator()), stage=2)
     with FlatWeights(state, torch.bfloat16, impl="triton") as weights:

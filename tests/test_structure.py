@@ -135,11 +135,6 @@ def test_import_twostage_loads_nothing_heavy_and_the_parts_load_without_each_oth
     assert not loaded & {"torch", "tokenizers", "safetensors", "huggingface_hub", "matplotlib"}
 
 
-def test_training_does_not_know_that_it_can_be_faster() -> None:
-    for path in (PACKAGE / "training").glob("*.py"):
-        assert not any(module.startswith("twostage.fast") for module, _ in imports_of(path))
-
-
 def test_the_heart_stays_short() -> None:
     """What people come to read, in one sitting. The bound is raised for nothing."""
     heart = [PACKAGE / "two_stage.py", PACKAGE / "model" / "bert.py"]

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from twostage import Recipe, Table, train_two_stage
 from twostage.api import Result
 from twostage.data.samplers import random_batches
-from twostage.data.token_store import StageData
+from twostage.data.token_store import StageData, TokenStore
 from twostage.data.tokenization import load_tokenizer
 from twostage.errors import DataError, ModelError, UsageError
 from twostage.fast import trunk
@@ -30,8 +30,16 @@ from twostage.progress import StepReport
 from twostage.recipe import ENGINES
 from twostage.saved_model import ModelInfo, save_model
 from twostage.training import stage as stage_module
+from twostage.training.losses import (
+    cross_entropy,
+    effective_number_weights,
+    inverse_frequency_weights,
+    ldam,
+    ldam_margins,
+)
 from twostage.training.stage import StageSettings, train_stage
 from twostage.training.state import HEAD_STREAM, TrainingState, derive_seed
+from twostage.two_stage import stage_1_signal
 
 TEXTS = ["good film", "fine", "great fun", "bad film", "awful"]
 
@@ -232,6 +240,39 @@ def test_stage_1_trains_the_top_and_stage_2_everything(
     assert first["settings"].learning_rate == 1e-4
     assert second["settings"].learning_rate == 1e-5
     assert first["loss"] != second["loss"]
+
+
+def test_stage_1_balances_the_data_or_the_loss() -> None:
+    train, augmented = (
+        StageData(TokenStore(torch.ones(n).int(), torch.arange(n + 1)), np.arange(n) % 4 // 3)
+        for n in (40, 44)
+    )
+    logits_BC, labels_B = torch.randn(9, 2), torch.arange(9) % 2
+    weights_C, margins_C = effective_number_weights([30, 10]), ldam_margins([30, 10], 0.3)
+    rarely_C = inverse_frequency_weights([33, 11], 0.5)
+    for change, expected_data, expected in (
+        ({"ldam_max_m": 0.3}, train, ldam(logits_BC, labels_B, margins_C, weights_C)),
+        (
+            {"ldam_max_m": 0.3, "ldam_s": 2.0, "class_weights": "none"},
+            train,
+            ldam(logits_BC, labels_B, margins_C, None, 2.0),
+        ),
+        ({"loss": "ce"}, train, cross_entropy(logits_BC, labels_B, weights_C)),
+        ({"method": "augment"}, augmented, cross_entropy(logits_BC, labels_B)),
+        (
+            {"method": "augment", "class_weights": "inverse-sqrt"},
+            augmented,
+            cross_entropy(logits_BC, labels_B, rarely_C),
+        ),
+        (
+            {"method": "augment", "loss": "ldam"},
+            augmented,
+            ldam(logits_BC, labels_B, ldam_margins([33, 11]), None),
+        ),
+    ):
+        data, loss = stage_1_signal(train, augmented, 2, replace(RECIPE, **change))
+        assert data is expected_data
+        torch.testing.assert_close(loss(logits_BC, labels_B), expected)
 
 
 def test_vanilla_and_no_epochs_of_stage_1_are_the_same_run(

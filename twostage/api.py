@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
 from .data.classes import Classes
 from .data.containers import LabelledTexts
-from .fast.step import make_step
+from .data.token_store import StageData
+from .fast.step import make_step as make_fast_step
 from .machine import choose_device, choose_precision
 from .model.bert import BertClassifier
 from .model.checkpoint import Checkpoint, build_model
@@ -23,10 +24,11 @@ from .preparation import Datasets, PreparedRun, prepare_run
 from .progress import StepReport
 from .recipe import Recipe
 from .training.evaluation import predict_logits
+from .training.losses import Loss
 from .training.metrics import Metrics, compute_metrics
-from .training.stage import MakeStep, make_plain_step, train_stage
+from .training.stage import MakeStep, StageSettings, make_plain_step, train_stage
 from .training.state import TrainingState
-from .two_stage import fine_tune, freeze_below_top
+from .two_stage import fine_tune, freeze_below_top, stage_1_signal
 
 if TYPE_CHECKING:
     from .fast.trunk import Features
@@ -99,11 +101,11 @@ def train_seeds(
     show_progress: bool = False,
 ) -> Result:
     """Run every seed of the recipe; the parameters are those of `train_two_stage`."""
-    make = choose_step(run.checkpoint, run.data, run.recipe, show_progress)
+    make_step = choose_step(run.checkpoint, run.data, run.recipe, show_progress)
     result = Result(run.classes, run.class_counts_C)
     for seed in run.recipe.seeds:
         trained, seed_result = train_one_seed(
-            run.checkpoint, run.data, run.recipe, seed, make, on_report, show_progress
+            run.checkpoint, run.data, run.recipe, seed, make_step, on_report, show_progress
         )
         result = replace(result, seeds=(*result.seeds, seed_result))
         if on_seed_end is not None:
@@ -124,15 +126,19 @@ def train_one_seed(
     """The trained model of one seed, and its scores on the test data."""
     device = choose_device(recipe.device)
     dtype = choose_precision(recipe.precision, device)
-    began = end_of_stage_1 = perf_counter()
+    began = began_stage_2 = perf_counter()
 
-    def run_stage(state: TrainingState, *arguments: Any) -> None:
-        nonlocal end_of_stage_1
+    def run_stage(
+        state: TrainingState, stage_data: StageData, loss: Loss, settings: StageSettings
+    ) -> None:
+        nonlocal began_stage_2
         if state.stage == 2:
-            end_of_stage_1 = perf_counter()
+            began_stage_2 = perf_counter()
         train_stage(
             state,
-            *arguments,
+            stage_data,
+            loss,
+            settings,
             dtype=dtype,
             make_step=make_step,
             on_report=on_report,
@@ -147,15 +153,21 @@ def train_one_seed(
         seed,
         augmented=data.augmented,
         device=device,
-        train_stage=run_stage,
+        run_stage=run_stage,
     )
-    trained = perf_counter()
+    ended_training = perf_counter()
     logits_NC = predict_logits(
         model, data.test.store, dtype=dtype, impl=recipe.kernels, show_progress=show_progress
     ).numpy()
     metrics = compute_metrics(data.test.labels_N, logits_NC)
-    seconds = (end_of_stage_1 - began, trained - end_of_stage_1, perf_counter() - trained)
-    return model, SeedResult(seed, metrics, logits_NC, *seconds)
+    return model, SeedResult(
+        seed,
+        metrics,
+        logits_NC,
+        seconds_stage_1=began_stage_2 - began,
+        seconds_stage_2=ended_training - began_stage_2,
+        seconds_evaluation=perf_counter() - ended_training,
+    )
 
 
 def choose_step(
@@ -167,7 +179,7 @@ def choose_step(
     features: Sequence[Features] = ()
     if recipe.has_stage_1 and (recipe.cache_trunk or recipe.share_trunk):
         features = compute_stage_1_features(checkpoint, data, recipe, show_progress)
-    return partial(make_step, impl=recipe.kernels, graphs=recipe.graphs, features=features)
+    return partial(make_fast_step, impl=recipe.kernels, graphs=recipe.graphs, features=features)
 
 
 def compute_stage_1_features(
@@ -180,8 +192,8 @@ def compute_stage_1_features(
     dtype = choose_precision(recipe.precision, device)
     model = build_model(checkpoint, data.num_classes, torch.Generator()).to(device)
     freeze_below_top(model, recipe.stage_1_layers)
+    stage_1_data, _ = stage_1_signal(data.train, data.augmented, data.num_classes, recipe)
     num_epochs = recipe.epochs_stage_1 if recipe.share_trunk else None
-    store = data.stage_1.store
     return cache_features(
-        model, store, dtype, recipe.kernels, num_epochs, show_progress=show_progress
+        model, stage_1_data.store, dtype, recipe.kernels, num_epochs, show_progress=show_progress
     )

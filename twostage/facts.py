@@ -17,7 +17,7 @@ from .data.tokenizer_files import count_capitals, lower_cases
 from .model_folder import CONFIG, read_object
 from .preparation import PreparedRun
 from .printing import MAX_REPORTED, count, list_some, quoted, visible
-from .training.losses import make_class_weights
+from .two_stage import stage_1_signal
 
 FEW_ROWS = 10
 """Test rows below which a class's scores move in large steps."""
@@ -46,11 +46,12 @@ def _describe_weights(run: PreparedRun) -> str:
     recipe, data = run.recipe, run.data
     if not recipe.has_stage_1:
         return ""
-    counts_C = data.stage_1.class_counts(data.num_classes)
+    stage_1_data, loss = stage_1_signal(data.train, data.augmented, data.num_classes, recipe)
+    counts_C = stage_1_data.class_counts(data.num_classes)
     tail, head = int(np.argmin(run.class_counts_C)), int(np.argmax(run.class_counts_C))
     if counts_C[tail] == counts_C[head]:
         return ""  # nothing is to be balanced
-    weights_C = make_class_weights(recipe.stage_1_class_weights, counts_C)
+    weights_C = loss.keywords["class_weights_C"]
     weight = 1.0 if weights_C is None else float(weights_C[tail] / weights_C[head])
     rows = counts_C[head] / counts_C[tail]
     draws = rows if recipe.sampler == "class-balanced" else 1.0
@@ -205,8 +206,8 @@ def _describe_sizes(run: PreparedRun) -> str:
 
 def _train_labels(run: PreparedRun) -> np.ndarray:
     """Labels of the training texts, then of the augmented ones."""
-    labels_N = [run.data.train.labels_N, run.data.stage_1.labels_N]
-    return np.concatenate(labels_N if run.augmented else labels_N[:1])
+    data = [run.data.train, *([run.data.augmented] if run.data.augmented else [])]
+    return np.concatenate([part.labels_N for part in data])
 
 
 def _pair_keys(keys_N: np.ndarray, labels_N: np.ndarray, classes: Classes) -> np.ndarray:
@@ -219,8 +220,8 @@ def _stores(run: PreparedRun) -> list[tuple[str, TokenStore]]:
     """The texts of the run, by what they are called."""
     data = run.data
     stores = [("training", data.train.store), ("test", data.test.store)]
-    if data.stage_1 is not data.train:
-        stores.insert(1, ("augmented", data.stage_1.store))
+    if data.augmented is not None:
+        stores.insert(1, ("augmented", data.augmented.store))
     return stores
 
 

@@ -36,11 +36,6 @@ class Datasets:
     augmented: StageData | None = None
     """Class-balanced; None but for method `augment`."""
 
-    @property
-    def stage_1(self) -> StageData:
-        """What stage 1 is trained on."""
-        return self.train if self.augmented is None else self.augmented
-
 
 @dataclass(frozen=True)
 class PreparedRun:
@@ -108,8 +103,8 @@ def prepare_run(
         for table in tables
     ]
     train_data, test_data, *more = map(StageData, stores, labels)
-    data = Datasets(train_data, test_data, len(classes), *more)
-    augmented_table = tables[2] if more else None
+    augmented_data, augmented_table = (more[0], tables[2]) if more else (None, None)
+    data = Datasets(train_data, test_data, len(classes), augmented_data)
     return PreparedRun(
         recipe, folder, checkpoint, tokenizer, tables[0], tables[1], augmented_table, classes, data
     )

@@ -22,9 +22,13 @@ class StepReport:
     loss: float
     """Mean over the steps since the last report."""
     grad_norm: float
-    """Of the last step, before clipping."""
+    """The last step's, before clipping."""
     learning_rate: float
+    """The last step's."""
     examples_per_second: float
+
+    def __str__(self) -> str:
+        return f"loss {self.loss:.4f}, {self.examples_per_second:.0f} examples/s"
 
 
 class Bar(Protocol):
@@ -47,7 +51,7 @@ def progress_bar(
 ) -> Iterator[Bar]:
     """A bar on standard error; silent when `show` is false or standard error is not a terminal.
 
-    total: None where nobody knows it yet
+    total: None where it is not known yet
     unit: `"B"` is bytes, shown as kB and MB
     initial: what was done before, as when a download goes on where it stopped
     """

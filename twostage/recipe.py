@@ -146,16 +146,6 @@ class Recipe:
             sampler="random" if balanced_before else self.sampler,
         )
 
-    @property
-    def stage_1_loss(self) -> str:
-        """One of LOSSES."""
-        return self.loss or ("ce" if self.method == "augment" else "ldam")
-
-    @property
-    def stage_1_class_weights(self) -> str:
-        """One of CLASS_WEIGHTS."""
-        return self.class_weights or ("none" if self.method == "augment" else "effective")
-
     def check_fit(self, config: BertConfig, model: str) -> None:
         """Raise UsageError when this encoder cannot run the recipe."""
         if self.graphs and config.head_size not in SHORT_HEAD_SIZES:

@@ -24,7 +24,7 @@ from twostage.training import stage as stage_module
 from twostage.training.losses import cross_entropy
 from twostage.training.stage import MakeStep, StageSettings, train_stage
 from twostage.training.state import TrainingState
-from twostage.two_stage import freeze_below_top, stage_1_loss
+from twostage.two_stage import freeze_below_top, stage_1_signal
 
 FACTOR = 4.0
 """Two, as both runs that are compared are off; and two, as three runs may miss the worst."""
@@ -142,7 +142,7 @@ def train(
         **settings: Any,
     ) -> Trained:
         state, reports = start(checkpoint, stage, dropout), list[StepReport]()
-        loss = stage_1_loss(data, 2, Recipe()) if stage == 1 else cross_entropy
+        loss = stage_1_signal(data, None, 2, Recipe())[1] if stage == 1 else cross_entropy
         hyperparameters = {"epochs": 2, "learning_rate": 1e-3, "batch_size": 8} | settings
         train_stage(
             state,

@@ -38,7 +38,7 @@ from twostage.training import stage as stage_module
 from twostage.training.losses import cross_entropy
 from twostage.training.stage import StageSettings, make_plain_step, train_stage
 from twostage.training.state import TrainingState
-from twostage.two_stage import freeze_below_top, stage_1_loss
+from twostage.two_stage import freeze_below_top, stage_1_signal
 
 MIN_USES = graphs_module.MIN_USES
 CPU = torch.device("cpu")
@@ -106,7 +106,7 @@ def train(
     """A report a step. how: for `make_step`, but `on_report`, `loss` and `make`."""
     reports: list[StepReport] = []
     on_report = how.pop("on_report", reports.append)
-    loss = how.pop("loss", stage_1_loss(data, 2, Recipe(), DEVICE))
+    loss = how.pop("loss", stage_1_signal(data, None, 2, Recipe(), DEVICE)[1])
     make = how.pop("make", partial(make_step, impl=impl, graphs=graphs, **how))
     train_stage(state, data, loss, settings, dtype=dtype, make_step=make, on_report=on_report)
     return reports
@@ -327,16 +327,20 @@ def test_steps_are_the_same_had_nothing_been_compiled(
 
 @pytest.mark.slow
 def test_the_time_of_compiling_is_told(short_heads_checkpoint: Checkpoint) -> None:
-    steps: list[Step] = []
+    seconds: list[float] = []
 
     @contextmanager
     def make(*arguments: Any) -> Iterator[Step]:
         with make_step(*arguments, impl="triton") as step:
-            steps.append(step)
             yield step
+            seconds.append(step.capture_seconds)
 
     train(start(short_heads_checkpoint, 1), replace(SETTINGS, epochs=1), make=make)
-    assert steps[0].capture_seconds > 0
+    assert seconds[0] > 0
+
+
+def test_a_stage_without_steps_has_no_graphs(short_heads_checkpoint: Checkpoint) -> None:
+    assert train(start(short_heads_checkpoint, 2), replace(SETTINGS, epochs=0)) == []
 
 
 @pytest.mark.parametrize("graphs", [True, False])

@@ -17,7 +17,7 @@ from twostage.training import stage as stage_module
 from twostage.training.losses import cross_entropy
 from twostage.training.stage import StageSettings, train_stage
 from twostage.training.state import TrainingState
-from twostage.two_stage import freeze_below_top, stage_1_loss
+from twostage.two_stage import freeze_below_top, stage_1_signal
 
 RATE = 5e-4
 """Moves the loss by tenths in ten steps, and lets roundings in 16 bits grow to hundredths."""
@@ -46,7 +46,7 @@ def train(
     train_stage(
         TrainingState(7, model, stage),
         data,
-        stage_1_loss(data, 2, Recipe(), device) if stage == 1 else cross_entropy,
+        stage_1_signal(data, None, 2, Recipe(), device)[1] if stage == 1 else cross_entropy,
         StageSettings(1, rate, batch_size=6),
         dtype=dtype,
         make_step=partial(make_step, impl=impl),

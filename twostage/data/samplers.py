@@ -1,7 +1,6 @@
 """Batch order: random, class-balanced, token-budget.
 
-Each sampler is a pure function of (seed, epoch): `epoch_batches(…, seed, epoch)` gives the same
-list of batches wherever and whenever it is called, so that training can re-enter an epoch at any
+Each sampler is a pure function of (seed, epoch), so that training can re-enter an epoch at any
 batch. The generator is numpy's PCG64, seeded with these numbers alone; a stage passes (seed, stage)
 as its seed.
 
@@ -88,6 +87,11 @@ def length_sorted_batches(lengths_N: np.ndarray, max_tokens: int) -> list[np.nda
     """
     order = np.argsort(-lengths_N, kind="stable")
     return cut_by_tokens(order, lengths_N, max_tokens)
+
+
+def tokens_at_once(device_type: str) -> int:
+    """Tokens of a batch that is not trained on: what a CPU's caches hold, or enough for a GPU."""
+    return 2_048 if device_type == "cpu" else 16_384
 
 
 def _cut(order: np.ndarray, batch_size: int) -> list[np.ndarray]:

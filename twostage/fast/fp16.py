@@ -1,4 +1,4 @@
-"""A loss scale that finds itself, so that fp16 keeps its small gradients.
+"""Dynamic loss scaling, so that fp16 keeps its small gradients.
 
 fp16 has no number between 0 and 6e-8, and many gradients are smaller. So the loss is multiplied by
 a factor before backward, every gradient with it, and the optimizer divides them by it again in
@@ -6,9 +6,10 @@ fp32. The factor should be as large as it can be before a gradient overflows at 
 by trying: a step whose gradient overflows is left out and halves the factor; 2,000 steps in a row
 without one double it.
 
-What is saved is the host sync: the overflow is seen in the norm of the gradient, which is computed
-anyway, and all else stays on the device. Exact in fp32 and bf16, where the factor is always 1; in
-fp16 it keeps what the plain step's fixed factor may lose. Not measured: a CPU has no use for it.
+What is saved: the small gradients that the plain step's fixed factor loses, and the large ones at
+which it stops; and the host sync of torch's own scaler, since the overflow is seen in the norm of
+the gradient, which is computed anyway, and all else stays on the device. Exact where nothing is
+lost: dividing by a power of two rounds nothing. Its speed has not been measured on a GPU.
 
 Source: Micikevicius et al. 2018, "Mixed Precision Training" (arXiv 1710.03740), section 3.2.
 """

@@ -65,10 +65,10 @@ def replay_graphs(step: Step, enabled: bool) -> None:
     """
     head_size = step.model.bert.config.head_size
     dtype = step.model.bert.pooler.weight.dtype
-    if step.impl == "triton" and takes_short_texts(head_size, dtype, step.device) and step.places:
+    can = step.impl == "triton" and takes_short_texts(head_size, dtype, step.device)
+    assert can or not enabled, "the recipe has checked it"
+    if can and step.places:
         step.take = StepGraphs(step, enabled).take
-    else:
-        assert not enabled, "the recipe has checked it"
 
 
 @dataclass(frozen=True, order=True)
@@ -76,13 +76,13 @@ class Bucket:
     """Batches that one graph can take."""
 
     num_tokens: int
-    """Capacity."""
+    """Capacity in tokens."""
     max_length: int
     """Length class: the tokens of a text that the attention kernel is compiled for."""
 
 
 def bucket_of(lengths_B: np.ndarray) -> Bucket | None:
-    """For a batch with texts of these lengths; None where the short attention cannot take it."""
+    """The bucket of a batch with these lengths; None where the short attention cannot take it."""
     longest, tokens = int(lengths_B.max()), int(lengths_B.sum())
     if longest > MAX_SHORT_LENGTH:
         return None
@@ -122,7 +122,7 @@ class StepGraphs:
         self._next_step = -1  # at which the device's own counter stands
 
     def take(self, rows_B: np.ndarray, number: int, learning_rate: float) -> tuple[Tensor, Tensor]:
-        """Takes the place of `Step.take`."""
+        """Replay the step's graph, or take the step eagerly."""
         if not self._is_compiled:
             self.compile()
         bucket = self.find_bucket(rows_B) if self._enabled else None
@@ -133,7 +133,7 @@ class StepGraphs:
     def compile(self) -> None:
         """Take a step on texts without tokens in each length class, on a GPU of each graph's size.
 
-        It leaves no trace.
+        This changes no weight, moment or counter.
         """
         window = self._step.find_window(self._step.state.step)
         began = perf_counter()
@@ -238,7 +238,7 @@ class _DeviceTables:
         self.row = zeros(1, dtype=torch.int64)
         """[1]: the number of the step in the window."""
         self.learning_rate = zeros((), dtype=torch.float64)
-        """Of the step."""
+        """The step's."""
 
     def have_room(self, num_tokens: int, num_steps: int, hidden_ED: Tensor | None) -> bool:
         """Whether these would fit in."""
@@ -246,7 +246,7 @@ class _DeviceTables:
         return room and hidden_ED is self._hidden_ED
 
     def fill(self, tokens_3E: Tensor, steps_RX: Tensor, key: Tensor) -> None:
-        """From the beginning on; beyond the end, what an earlier window left is filler."""
+        """Write a window's tables; beyond their end, what an earlier window left is filler."""
         device = self.row.device
         self._tokens_3E[:, : tokens_3E.shape[1]] = send(tokens_3E, device)
         self._steps_RX[: len(steps_RX)] = send(steps_RX, device)

@@ -10,7 +10,7 @@ measured (on a CPU, where nothing waits, the host reads at once).
 import torch
 from torch import Tensor
 
-from ..training.stage import REPORT_EVERY, non_finite_error
+from ..training import stage
 from .step import Step
 
 
@@ -29,7 +29,7 @@ class Monitor:
 
     def __init__(self, step: Step) -> None:
         self._step = step
-        self.check_every = 1 if step.device.type == "cpu" else REPORT_EVERY
+        self.check_every = 1 if step.device.type == "cpu" else stage.REPORT_EVERY
         """Steps between two looks of the host."""
         self._is_bad = torch.zeros((), dtype=torch.bool, device=step.device)
         self._first_bad = torch.full((), step.state.step, device=step.device)
@@ -48,4 +48,4 @@ class Monitor:
         # Deliberate host sync, once in `check_every` steps.
         if due and bool(self._is_bad):
             state.step = int(self._first_bad)  # no step since then has changed a weight
-            raise non_finite_error(state, places[state.step].rows_B)
+            raise stage.non_finite_error(state, places[state.step].rows_B)

@@ -2,9 +2,10 @@
 
 Here is what a step does and in which order, on flat weights (`weights.py`). Each other file of this
 folder is one saving and one line of `make_step`: without the line, training goes on without the
-saving. A saving replaces a part of `Step` by a function of its own.
+saving. (The Triton kernels alone need `randomness.py`.) A saving replaces a part of `Step` by a
+function of its own.
 
-Nothing in a step waits for the device, so a GPU computes while the host prepares what follows.
+There is no host sync in a step, so a GPU computes while the host prepares what follows.
 
 Shapes: E tokens of a window, T tokens and B texts of a step, D hidden.
 """
@@ -47,10 +48,11 @@ def make_step(
 ) -> Iterator["Step"]:
     """The steps of a stage, as `train_stage` asks for them.
 
-    impl: of the operations (`kernels/__init__.py`). graphs: replay CUDA graphs (`graphs.py`).
-    features: of the frozen layers, where they were computed before (`trunk.py`).
+    loss_function: with impl `triton`, one that leaves rows with IGNORED_LABEL out, as ours do here.
+    impl: how the operations run (`kernels/__init__.py`). graphs: replay CUDA graphs (`graphs.py`).
+    features: what the frozen layers make of the data, where it was computed before (`trunk.py`).
     """
-    # Here, since each of these files imports this one.
+    # Imported here, since each of these files imports this one.
     from .fp16 import scale_loss
     from .graphs import replay_graphs
     from .monitor import watch_for_non_finite
@@ -66,7 +68,7 @@ def make_step(
         count_masks(step)
         run_frozen_layers_ahead(step, features)
         replay_graphs(step, graphs)
-        watch_for_non_finite(step)
+        watch_for_non_finite(step)  # before the next: a step that it skips is not looked at
         scale_loss(step)
         try:
             yield step
@@ -79,6 +81,7 @@ def fuse(loss_function: Loss, impl: str) -> Loss:
     loss = loss_function if isinstance(loss_function, partial) else partial(loss_function)
     if loss.func not in (cross_entropy, ldam):
         return loss_function
+    assert not loss.args, "settings of a loss have names"
     return partial(fused_cross_entropy, impl=impl, **loss.keywords)
 
 
@@ -87,15 +90,16 @@ class StepInputs:
     """What a step reads besides weights and the optimizer's memory, on the device."""
 
     input_ids_T: Tensor
-    """[T] integer."""
+    """[T] integer: token ids, or where `hidden_TD` is given rows of `Window.hidden_ED`."""
     position_ids_T: Tensor
     """[T] int32."""
     layout: PackedLayout
+    """Where the texts lie on the token axis."""
     labels_B: Tensor
     """[B] int64."""
     randomness: Randomness
     hidden_TD: Tensor | None
-    """Hidden states of the tokens after the frozen layers; None: nothing was computed ahead."""
+    """What `num_lower_layers` made of the tokens; None: they have not been computed."""
     learning_rate: Tensor
     """Scalar fp64."""
 
@@ -122,6 +126,11 @@ class Place(NamedTuple):
     """Texts that the epoch has drawn before it."""
 
 
+Masks = Callable[[PackedBatch, np.ndarray | None], Randomness]
+"""(batch, numbers of its texts among those drawn from a step on; None: all, in order) → its dropout
+masks."""
+
+
 class Step:
     """Takes the steps of a stage: forward, backward, clipping, update.
 
@@ -137,13 +146,13 @@ class Step:
         weights: FlatWeights,
         impl: str,
     ) -> None:
-        self.state, self.data, self.epochs = state, data, epochs
+        self.state, self.data = state, data
         self.weights, self.model, self.impl = weights, weights.model, impl
         self.device = state.model.device
         self.places: list[Place] = []
-        """Of each step of the stage."""
+        """Where each step of the stage stands."""
         self.epoch_windows: list[Window] = []
-        """One for each epoch: all of its steps."""
+        """All steps of each epoch."""
         for epoch, batches in enumerate(epochs):
             numbers = range(len(self.places), len(self.places) + len(batches))
             self.epoch_windows.append(Window(numbers, batches, data.store))
@@ -156,10 +165,10 @@ class Step:
         self.make_masks: Callable[[int, int], Masks] = self.draw_masks
         """Dropout masks of a stream from a step on."""
         self.loss_function = loss_function
-        self.num_layers_ahead = len(self.model.bert.layers) - 1
-        """How many layers `Window.hidden_ED` has behind it."""
+        self.num_lower_layers = len(self.model.bert.layers) - 1
+        """Layers that are computed before `Bert.pool`."""
         self.loss_factor = torch.ones((), device=self.device)
-        """By which the loss is multiplied before backward."""
+        """Multiplies the loss before backward."""
         self.guards: list[Callable[[Tensor, Tensor, Tensor], Tensor]] = []
         """(loss, gradient norm, skip) → skip: whether to leave the update out, scalar bool; with
         `skip` a guard must not note anything."""
@@ -174,7 +183,8 @@ class Step:
     def __call__(
         self, rows_B: np.ndarray, number: int, learning_rate: float
     ) -> tuple[Tensor, Tensor]:
-        """(loss, gradient norm) of step `number`, from 0, of the stage."""
+        """Take step `number`, from 0, of the stage: (loss, gradient norm)."""
+        assert rows_B is self.places[number].rows_B, "the rows of this step"
         result = self.take(rows_B, number, learning_rate)
         for check in self.checks:
             check(number)
@@ -217,26 +227,26 @@ class Step:
         return loss, grad_norm
 
     def compute_logits(self, inputs: StepInputs) -> Tensor:
-        """[B, C], from the tokens or from what was computed of them ahead."""
-        where = (inputs.layout, self.num_layers_ahead, inputs.randomness)
-        hidden_TD = inputs.hidden_TD
+        """[B, C], from the tokens or from what the lower layers made of them before."""
+        bert, layout, randomness = self.model.bert, inputs.layout, inputs.randomness
+        hidden_TD, num_layers = inputs.hidden_TD, self.num_lower_layers
         if hidden_TD is None:
-            hidden_TD = self.model.bert(inputs.input_ids_T, inputs.position_ids_T, *where)
-        logits_BC: Tensor = self.model.classifier(self.model.bert.pool(hidden_TD, *where))
+            tokens = (inputs.input_ids_T, inputs.position_ids_T)
+            hidden_TD = bert(*tokens, layout, num_layers=num_layers, randomness=randomness)
+        pooled_BD = bert.pool(hidden_TD, layout, first_layer=num_layers, randomness=randomness)
+        logits_BC: Tensor = self.model.classifier(pooled_BD)
         return logits_BC
 
     def release(self) -> None:
-        """Forget everything but the seconds, at the end: the savings refer to the step, and it to
-        them, so that its memory would wait for the garbage collector."""
-        seconds = self.capture_seconds
+        """Forget everything, so that memory is freed without the garbage collector: the step refers
+        to its savings, and they to it."""
         vars(self).clear()
-        self.capture_seconds = seconds
 
     def find_epoch(self, number: int) -> Window:
         """The window of a step where none is smaller."""
         return self.epoch_windows[self.places[number].epoch]
 
-    def draw_masks(self, stream: int, number: int) -> "Masks":
+    def draw_masks(self, stream: int, number: int) -> Masks:
         """Masks from a generator that is seeded for step `number`."""
         return drawn_from(self.seed_generator(stream, number))
 
@@ -244,11 +254,6 @@ class Step:
         """The generator of this stage's steps, seeded for what begins at step `number`."""
         seed = derive_seed(stream, self.state.seed, self.state.stage, number)
         return self._generator.manual_seed(seed)
-
-
-Masks = Callable[[PackedBatch, np.ndarray | None], Randomness]
-"""(batch, numbers of its texts among those drawn from a step on; None: all, in order) → its dropout
-masks."""
 
 
 def drawn_from(generator: torch.Generator) -> Masks:

@@ -8,6 +8,9 @@ start from these hidden states, the features. Exact: dropout stays on, and a tex
 two masks, so the trained layers see the same distribution as if each step ran the whole encoder.
 What it gave: stage 1 at 1.54 times the speed (batch 16, on a CPU; `benchmarks/README.md`).
 
+Several seeds can share the features (`cache_features`): those of each epoch, with masks that all
+seeds have in common, or, as an approximation of the recipe, one set without dropout.
+
 A window, the steps whose features are computed together, is a function of the epoch's batches, and
 its masks of (seed, stage, first step of the window): a stage that is left and re-entered anywhere
 computes the same features again.
@@ -24,13 +27,12 @@ import torch
 from torch import Tensor
 
 from ..data.packing import pack
-from ..data.samplers import cut_by_tokens, length_sorted_batches
+from ..data.samplers import cut_by_tokens, length_sorted_batches, tokens_at_once
 from ..data.token_store import TokenStore
 from ..kernels.attention import packed_layout
 from ..model.assembly import round_classifier
 from ..model.bert import BertClassifier
 from ..progress import Bar, progress_bar
-from ..training.evaluation import tokens_at_once
 from ..training.state import SHARED_TRUNK_STREAM, TRUNK_STREAM, derive_seed
 from .step import Masks, Step, Window, drawn_from, epoch_key
 
@@ -41,13 +43,13 @@ WINDOW_TOKENS = 32_768
 def run_frozen_layers_ahead(step: Step, features: Sequence["Features"] = ()) -> None:
     """Start the steps from hidden states that were computed before, where layers are frozen.
 
-    features: of every text of the data, by row, for each epoch or, if it is only one, for all;
-    empty: computed window by window.
+    features: every text's, by row, for each epoch or, if it is only one, for all; empty: they are
+    computed window by window.
     """
     num_layers = count_frozen_layers(step.model)
     if num_layers == 0:
         return
-    step.num_layers_ahead = num_layers
+    step.num_lower_layers = num_layers
     if features:
         epochs = enumerate(step.epoch_windows)
         step.epoch_windows = [_read_from(features[e % len(features)], w) for e, w in epochs]
@@ -60,9 +62,10 @@ class Features:
     """Hidden states of N texts after the frozen layers."""
 
     hidden_ED: Tensor
-    """In the precision of the model that computed them; there may be more rows than tokens."""
+    """The hidden states, in the precision of the model that computed them; there may be more rows
+    than tokens."""
     store: TokenStore
-    """Of the N texts; a token's id is its row of `hidden_ED`."""
+    """The N texts; a token's id is its row of `hidden_ED`."""
 
 
 def _read_from(features: Features, window: Window) -> Window:
@@ -131,7 +134,7 @@ def compute_features(
 ) -> Features:
     """Features of the texts `rows_N` of the store, in that order; a row may come repeatedly.
 
-    masks: turns dropout on (`step.Masks`). hidden_ED: where to put the hidden states, if there are
+    masks: turn dropout on (`step.Masks`). hidden_ED: where to put the hidden states, if there are
     rows enough. bar: counts texts.
     """
     lengths_N = store.lengths[torch.from_numpy(rows_N)]
@@ -142,7 +145,7 @@ def compute_features(
     if hidden_ED is None or len(hidden_ED) < num_tokens:
         hidden_ED = weight.new_zeros(num_tokens, weight.shape[1])
     done = 0
-    for texts in length_sorted_batches(lengths_N.numpy(), tokens_at_once(weight.device)):
+    for texts in length_sorted_batches(lengths_N.numpy(), tokens_at_once(weight.device.type)):
         batch = pack(store, torch.from_numpy(rows_N[texts]), weight.device)
         ends_B = lengths_N[texts].cumsum(0)
         first_row_N[texts] = done + ends_B - lengths_N[texts]
@@ -175,11 +178,9 @@ def cache_features(
     """Features of every text of the store, by row, to be used by several seeds.
 
     num_epochs: one for each epoch, each with masks of its own; None: one without dropout, for all
-    epochs. impl: of the operations. Empty where nothing is frozen. Each takes 2·D bytes a token in
-    bf16, as long as it is kept.
+    epochs. impl: how the operations run. Empty where nothing is frozen. Each takes 2·D bytes a
+    token in bf16, as long as it is kept.
     """
-    from .randomness import counters_of  # here: what a step starts from does not need it
-
     num_layers = count_frozen_layers(model)
     if num_layers == 0:
         return []
@@ -196,6 +197,8 @@ def cache_features(
                 generator.manual_seed(derive_seed(SHARED_TRUNK_STREAM, 0, 1, epoch))
                 masks = drawn_from(generator)
                 if impl == "triton":
+                    from .randomness import counters_of
+
                     masks = partial(counters_of, epoch_key(0, 1, epoch, device), generator, 0)
             found.append(compute_features(rounded, store, rows_N, num_layers, masks, bar=bar))
     return found

@@ -1,4 +1,4 @@
-"""Trained weights end to end, their rounded twins, and the words that occur alone.
+"""Trained weights end to end, their rounded twins, and only the words that occur.
 
 What is saved, and why it is exact:
 
@@ -13,8 +13,8 @@ What is saved, and why it is exact:
               of BERT's 30,522 a third for some thousand short texts, and with it go two thirds of
               the optimizer's work on the largest table.
 
-What it gave: 7 % of stage 2 at batch 16 for the words, and 62 MiB for the flat buffers (on a CPU,
-`benchmarks/README.md`).
+What it gave, on a CPU at batch 16: the words 7 % of stage 2, the flat buffers 62 MiB
+(`benchmarks/README.md`); what the rounded model gives alone has not been measured.
 
 Each parameter begins at a multiple of 64 bytes, with zeros between it and the one before: on some
 CPUs the last bit of a product with one row, as in a batch of one text, depends on the weight's
@@ -53,9 +53,9 @@ class FlatWeights:
         used_tokens_V: Tensor | None = None,
         impl: str = "auto",
     ) -> None:
-        """dtype: of the rounded model. used_tokens_V: [V'] integer, the tokens whose embeddings
-        are trained, of which the rounded model knows the i-th as token i; None: all. impl: of the
-        operations."""
+        """dtype: what the rounded model computes in. used_tokens_V: [V'] integer, the tokens whose
+        embeddings are trained, of which the rounded model knows the i-th as token i; None: all.
+        impl: how the operations run."""
         model, self._impl = state.model, impl
         masters = dict(model.named_parameters())
         self._all_words, self._used_tokens_V = masters[WORD_EMBEDDINGS], used_tokens_V
@@ -98,10 +98,14 @@ class FlatWeights:
         # On a CPU a gradient is copied while it is in the cache; a GPU takes many at one launch.
         self._copies_at_once = model.device.type == "cuda"
 
-        memory = state.optimizer
-        self._exp_avg_P = memory.setdefault("exp_avg_P", torch.zeros_like(self.weights_P))
-        self._exp_avg_sq_P = memory.setdefault("exp_avg_sq_P", torch.zeros_like(self.weights_P))
-        self._updates = memory.setdefault("updates", self.weights_P.new_zeros(()))
+        if not state.optimizer:
+            state.optimizer["exp_avg_P"] = torch.zeros_like(self.weights_P)
+            state.optimizer["exp_avg_sq_P"] = torch.zeros_like(self.weights_P)
+            state.optimizer["updates"] = self.weights_P.new_zeros(())
+        assert "exp_avg_P" in state.optimizer, "a stage goes on by the step that it began with"
+        self._exp_avg_P, self._exp_avg_sq_P, self._updates = (
+            state.optimizer[name] for name in ("exp_avg_P", "exp_avg_sq_P", "updates")
+        )
         assert self._exp_avg_P.shape == self.weights_P.shape, "moments of another table"
 
     def __enter__(self) -> "FlatWeights":
@@ -163,17 +167,15 @@ class FlatWeights:
             )
 
 
-def clip_divisor(
-    gradients_P: Tensor, loss_factor: Tensor, max_norm: float = MAX_GRAD_NORM
-) -> tuple[Tensor, Tensor]:
-    """(norm, divisor): dividing the gradients by `divisor` makes their L2 norm at most `max_norm`.
+def clip_divisor(gradients_P: Tensor, loss_factor: Tensor) -> tuple[Tensor, Tensor]:
+    """(norm, divisor): dividing the gradients by `divisor` clips their L2 norm at MAX_GRAD_NORM.
 
     loss_factor: scalar by which the loss was multiplied, and so the gradients; norm and clipping
     are those without it. Both results are scalars on the device. The division is left to the
     optimizer, which reads every gradient anyway.
     """
     norm = torch.dot(gradients_P, gradients_P).sqrt() / loss_factor
-    return norm, ((norm + 1e-6) / max_norm).clamp(min=1.0) * loss_factor
+    return norm, ((norm + 1e-6) / MAX_GRAD_NORM).clamp(min=1.0) * loss_factor
 
 
 def renumber_tokens(store: TokenStore) -> tuple[TokenStore, Tensor]:

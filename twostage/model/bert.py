@@ -4,7 +4,7 @@ The usual BERT takes a rectangle [B, L] and computes on its padding. This one ta
 batch end to end on a single token axis of length T, and `cu_seqlens`, the B+1 places where texts
 begin and end. Every linear layer, norm and activation sees real tokens only; attention alone needs
 the boundaries (`kernels/attention.py`). T may be larger than the number of real tokens: the tokens
-beyond `cu_seqlens[-1]` are filler that nobody reads, whose gradient is exactly zero.
+beyond `cu_seqlens[-1]` are filler, which no output depends on; its gradient is exactly zero.
 
     texts   "a bad film", "good"      input_ids_T    101 1037 2919 2143 102 | 101 2204 102
                                       position_ids_T   0    1    2    3   4 |   0    1   2
@@ -31,7 +31,7 @@ from ..kernels.dropout import DropoutCounters, Randomness
 from ..kernels.embedding import embed_tokens
 from ..kernels.gelu import bias_gelu
 from ..kernels.residual_norm import dropout_residual_norm
-from .config import BertConfig
+from .config import ACTIVATIONS, BertConfig
 
 HEAD_SIZE = 50
 """Width of the hidden layer of the recipe's classification head."""
@@ -148,7 +148,7 @@ class BertLayer(nn.Module):
             without_bias_RI = F.linear(hidden_RD, self.intermediate.weight)
             activated_RI = bias_gelu(without_bias_RI, self.intermediate.bias, impl)
         else:  # torch adds the bias in the matrix product
-            activated_RI = activate(self.intermediate(hidden_RD), self.activation)
+            activated_RI = ACTIVATIONS[self.activation](self.intermediate(hidden_RD))
         norm = (self.output_norm.weight, self.output_norm.bias, self.output_norm.eps)
         return dropout_residual_norm(
             self.output(activated_RI), hidden_RD, *norm, p, randomness, site + 2, impl
@@ -159,7 +159,7 @@ class Bert(nn.Module):
     """Embeddings, encoder layers and pooler."""
 
     def __init__(self, config: BertConfig, impl: str = "auto") -> None:
-        """impl: of the operations (`kernels/__init__.py`)."""
+        """impl: how the operations run (`kernels/__init__.py`)."""
         super().__init__()
         self.config = config
         self.embeddings = BertEmbeddings(config, impl)
@@ -235,9 +235,9 @@ class BertClassifier(nn.Module):
         """Logits, [B, C], of the texts of a `PackedBatch`.
 
         input_ids_T, position_ids_T: [T] integer, on the model's device. cu_seqlens: [B+1] integer,
-        from 0 to the number of real tokens, on the CPU (from a GPU it is copied, which waits).
-        randomness: turns dropout on and feeds it.
+        from 0 to the number of real tokens, on the CPU. randomness: turns dropout on and feeds it.
         """
+        # The last layer is left to `pool`, which computes it for first tokens alone.
         layout, below_last = packed_layout(cu_seqlens, self.device), len(self.bert.layers) - 1
         hidden_TD = self.bert(input_ids_T, position_ids_T, layout, below_last, randomness)
         pooled_BD = self.bert.pool(hidden_TD, layout, below_last, randomness)
@@ -254,12 +254,3 @@ def stays_fp32(name: str, device: torch.device, impl: str = "auto") -> bool:
     """
     fp32_norms = device.type == "cpu" or impl == "triton"
     return name.startswith("bert.embeddings.") or (fp32_norms and "norm." in name)
-
-
-def activate(x: Tensor, name: str) -> Tensor:
-    """The feed-forward activation; `name` is one of `config.ACTIVATIONS`."""
-    if name == "gelu":
-        return F.gelu(x)
-    if name == "gelu_new":
-        return F.gelu(x, approximate="tanh")
-    return F.relu(x)

@@ -1,10 +1,20 @@
 """The shape of an encoder, as Hugging Face's `config.json` describes it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+from torch.nn import functional as F
 
 from ..errors import ModelError
 
-ACTIVATIONS = ("gelu", "gelu_new", "relu")
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_new": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+}
+"""The functions between the two matrices of the feed-forward layer."""
 
 
 @dataclass(frozen=True)

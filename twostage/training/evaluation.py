@@ -8,17 +8,12 @@ import torch
 from torch import Tensor
 
 from ..data.packing import pack, send
-from ..data.samplers import length_sorted_batches
+from ..data.samplers import length_sorted_batches, tokens_at_once
 from ..data.token_store import TokenStore
 from ..errors import NonFiniteError
 from ..model.assembly import round_classifier
 from ..model.bert import BertClassifier
 from ..progress import progress_bar
-
-
-def tokens_at_once(device: torch.device) -> int:
-    """Tokens of a batch that is not trained on: on a CPU, what its caches hold."""
-    return 2_048 if device.type == "cpu" else 16_384
 
 
 def predict_logits(
@@ -31,13 +26,13 @@ def predict_logits(
 ) -> Tensor:
     """[N, C] fp32 logits on the CPU, in the order of `store`; dropout off.
 
-    dtype: of forward; the model itself stays as it is. impl: of its operations.
+    Forward computes in `dtype` and by `impl`; the model itself stays as it is.
     Raises NonFiniteError when a logit is infinite or not a number.
     """
     rounded = round_classifier(model.bert.config, dict(model.named_parameters()), dtype, impl)
     logits_NC = torch.empty(len(store), model.num_classes, device=model.device)
     with torch.no_grad(), progress_bar("evaluating", len(store), "text", show_progress) as bar:
-        for rows in length_sorted_batches(store.lengths.numpy(), tokens_at_once(model.device)):
+        for rows in length_sorted_batches(store.lengths.numpy(), tokens_at_once(model.device.type)):
             rows_B = torch.from_numpy(rows)
             batch = pack(store, rows_B, model.device)
             logits_NC[send(rows_B, model.device)] = rounded(*batch).float()

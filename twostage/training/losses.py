@@ -51,9 +51,7 @@ def ldam(
     paper scales by 30 because its logits are cosines in [-1, 1]; ours are unbounded.
     Source: Cao et al. 2019 (arXiv 1906.07413), equation 13.
     """
-    dtype = torch.promote_types(logits_BC.dtype, torch.float32)
-    is_true_BC = F.one_hot(labels_B, logits_BC.shape[1])
-    lowered_BC = logits_BC.to(dtype) - is_true_BC * margins_C.to(dtype)
+    lowered_BC = logits_BC - F.one_hot(labels_B, logits_BC.shape[1]) * margins_C
     return cross_entropy(scale * lowered_BC, labels_B, class_weights_C)
 
 

@@ -41,8 +41,7 @@ class Metrics:
     @property
     def support_C(self) -> np.ndarray:
         """[C] int64: texts of each true class."""
-        support_C: np.ndarray = self.confusion_CC.sum(axis=1)
-        return support_C
+        return np.asarray(self.confusion_CC.sum(axis=1))
 
 
 def compute_metrics(labels_N: np.ndarray, logits_NC: np.ndarray) -> Metrics:
@@ -109,8 +108,7 @@ def softmax(logits_NC: np.ndarray) -> np.ndarray:
     shifted_NC = logits_NC.astype(np.float64)
     shifted_NC -= shifted_NC.max(axis=1, keepdims=True)
     exponentials_NC = np.exp(shifted_NC)
-    probabilities_NC: np.ndarray = exponentials_NC / exponentials_NC.sum(axis=1, keepdims=True)
-    return probabilities_NC
+    return np.asarray(exponentials_NC / exponentials_NC.sum(axis=1, keepdims=True))
 
 
 def _mean(values: np.ndarray) -> float:

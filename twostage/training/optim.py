@@ -21,12 +21,10 @@ def linear_decay(step: int, total_steps: int) -> float:
     return max(0.0, 1.0 - step / total_steps)
 
 
-def clip_gradients(
-    gradients: Sequence[Tensor], max_norm: float = MAX_GRAD_NORM
-) -> tuple[list[Tensor], Tensor]:
-    """(gradients scaled down to an L2 norm of at most `max_norm` over all of them, norm before)."""
+def clip_gradients(gradients: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """(gradients scaled down to an L2 norm, over all of them, of MAX_GRAD_NORM; norm before)."""
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
-    divisor = ((norm + 1e-6) / max_norm).clamp(min=1.0)
+    divisor = ((norm + 1e-6) / MAX_GRAD_NORM).clamp(min=1.0)
     return [gradient / divisor for gradient in gradients], norm
 
 

@@ -1,8 +1,7 @@
 """One stage of training: the step and the loop.
 
-Which texts a batch holds is a function of (seed, stage, epoch), and the dropout masks of a step are
-one of (seed, stage, step): a stage can be left and re-entered between any two steps without
-changing a bit.
+A batch's texts follow from (seed, stage, epoch), a step's dropout masks from (seed, stage, step): a
+stage can be left and re-entered between any two steps without changing a bit.
 
 Mixed precision: the model's weights are fp32. Each step rounds them to `dtype` for forward and
 backward; the gradients come back to the fp32 weights, and AdamW moves these, so that an update
@@ -34,8 +33,7 @@ from .optim import adamw_, clip_gradients, linear_decay
 from .state import DROPOUT_STREAM, TrainingState, derive_seed
 
 REPORT_EVERY = 10
-"""Steps between two reports: on a GPU, the only host syncs of the loop."""
-FP16_LOSS_FACTOR = 1_024.0
+"""Steps between two reports: on a GPU, the only host syncs of the loop with the fast step."""
 
 TakeStep = Callable[[np.ndarray, int, float], tuple[Tensor, Tensor]]
 """(rows_B of the data, step from 0, learning rate) → (loss, gradient norm before clipping)."""
@@ -44,7 +42,8 @@ Epochs = Sequence[Sequence[np.ndarray]]
 MakeStep = Callable[
     [TrainingState, StageData, Loss, Epochs, torch.dtype], AbstractContextManager[TakeStep]
 ]
-"""Prepares the steps of a stage; the model is up to date when the `with` block is left."""
+"""Prepares the steps of a stage (a fast one looks ahead in `Epochs`). The model is up to date when
+the `with` block is left."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,7 @@ class StageSettings:
     epochs: int
     """Passes over the stage's data."""
     learning_rate: float
-    """At the first step."""
+    """The learning rate of the first step."""
     batch_size: int = 16
     """Texts a step."""
     sampler: str = "random"
@@ -67,13 +66,15 @@ class StageSettings:
 def make_plain_step(
     state: TrainingState, data: StageData, loss_function: Loss, epochs: Epochs, dtype: torch.dtype
 ) -> Iterator[TakeStep]:
-    """The step as it is defined. dtype: of forward and backward."""
+    """The step as it is defined; forward and backward compute in `dtype`."""
     model, generator = state.model, torch.Generator(state.model.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    loss_factor = FP16_LOSS_FACTOR if dtype == torch.float16 else 1.0
-    for name, weight in trained.items():
-        state.optimizer.setdefault(f"exp_avg.{name}", torch.zeros_like(weight))
-        state.optimizer.setdefault(f"exp_avg_sq.{name}", torch.zeros_like(weight))
+    loss_factor = 1_024.0 if dtype == torch.float16 else 1.0
+    state.optimizer = state.optimizer or {
+        f"{moment}.{name}": torch.zeros_like(weight)
+        for moment in ("exp_avg", "exp_avg_sq")
+        for name, weight in trained.items()
+    }
 
     def take_step(rows_B: np.ndarray, step: int, learning_rate: float) -> tuple[Tensor, Tensor]:
         batch = pack(data.store, torch.from_numpy(rows_B), model.device)
@@ -84,11 +85,12 @@ def make_plain_step(
             name: weight if stays_fp32(name, weight.device) else weight.to(dtype)
             for name, weight in model.named_parameters()
         }
+        # model(*batch, generator), with the rounded weights in place of its own
         logits_BC = functional_call(model, rounded, (*batch, generator))
         loss = loss_function(logits_BC, labels_B)
         scaled = torch.autograd.grad(loss * loss_factor, list(trained.values()))
         gradients, norm = clip_gradients([gradient / loss_factor for gradient in scaled])
-        if not torch.isfinite(loss + norm):
+        if not torch.isfinite(loss + norm):  # a host sync
             raise non_finite_error(state, rows_B)
 
         for (name, weight), gradient in zip(trained.items(), gradients, strict=True):
@@ -112,39 +114,47 @@ def train_stage(
 ) -> None:
     """Train `state.model` from where `state` stands to the end of the stage, in place.
 
-    dtype: of forward and backward. The model is up to date when this returns or raises.
+    Forward and backward compute in `dtype`. The model is up to date when this returns or raises.
     Raises NonFiniteError, naming the step and its rows, when a loss or gradient is not finite;
     `state` then stands before that step.
     """
-    lengths_N, order = data.store.lengths.numpy(), (state.seed, state.stage)
+    lengths_N, seed = data.store.lengths.numpy(), (state.seed, state.stage)
     epochs = [
-        epoch_batches(settings.sampler, data.labels_N, lengths_N, settings.batch_size, order, epoch)
+        epoch_batches(settings.sampler, data.labels_N, lengths_N, settings.batch_size, seed, epoch)
         for epoch in range(settings.epochs)
     ]
     steps = [(epoch, rows_B) for epoch, batches in enumerate(epochs) for rows_B in batches]
-    title, num_steps = f"seed {state.seed}, stage {state.stage}", len(steps)
+    title = f"seed {state.seed}, stage {state.stage}"
     with (
         make_step(state, data, loss_function, epochs, dtype) as take_step,
-        progress_bar(title, num_steps, "step", show_progress, initial=state.step) as bar,
+        progress_bar(title, len(steps), "step", show_progress, initial=state.step) as bar,
     ):
         loss_sum = torch.zeros((), device=state.model.device)
         since, began = state.step, perf_counter()
-        for step in range(state.step, num_steps):
+        for step in range(state.step, len(steps)):
             epoch, rows_B = steps[step]
-            decay = linear_decay(step, settings.schedule_steps or num_steps)
+            decay = linear_decay(step, settings.schedule_steps or len(steps))
             learning_rate = settings.learning_rate * decay
-            loss, norm = take_step(rows_B, step, learning_rate)
+            loss, grad_norm = take_step(rows_B, step, learning_rate)
             state.step = step + 1
             loss_sum += loss
             bar.update(1)
-            if state.step % REPORT_EVERY == 0 or state.step == num_steps:
-                mean_loss = float(loss_sum) / (state.step - since)  # a host sync
+            if state.step % REPORT_EVERY == 0 or state.step == len(steps):
                 num_examples = sum(len(rows) for _, rows in steps[since : state.step])
-                speed = num_examples / max(1e-9, perf_counter() - began)
-                bar.set_postfix_str(f"loss {mean_loss:.4f}, {speed:.0f} examples/s")
-                where = (state.seed, state.stage, epoch, state.step, num_steps)
+                report = StepReport(
+                    seed=state.seed,
+                    stage=state.stage,
+                    epoch=epoch,
+                    step=state.step,
+                    total_steps=len(steps),
+                    loss=float(loss_sum) / (state.step - since),  # host syncs: here and below
+                    grad_norm=float(grad_norm),
+                    learning_rate=learning_rate,
+                    examples_per_second=num_examples / max(1e-9, perf_counter() - began),
+                )
+                bar.set_postfix_str(str(report))
                 if on_report is not None:
-                    on_report(StepReport(*where, mean_loss, float(norm), learning_rate, speed))
+                    on_report(report)
                 loss_sum.zero_()
                 since, began = state.step, perf_counter()
 

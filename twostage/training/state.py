@@ -18,14 +18,15 @@ class TrainingState:
 
     seed: int
     model: BertClassifier
-    """fp32 master weights; frozen parameters require no gradient."""
+    """fp32 weights; frozen ones require no gradient. While a stage runs by the fast step, the word
+    embeddings are those from before it."""
     stage: int = 1
     """1 or 2."""
     step: int = 0
     """Steps of the stage so far."""
     optimizer: dict[str, Tensor] = field(default_factory=dict)
-    """What the step remembers, such as AdamW's moments; empty until the stage is entered. Its names
-    are those of the step that the stage began with (`make_plain_step` or another)."""
+    """What the step remembers, such as AdamW's moments; empty until the stage is entered. The names
+    are those of the step that the stage began with, plain or fast."""
 
 
 # The first number of a derived seed: what it is for.
