@@ -65,13 +65,6 @@ def leave_the_attentions_backward_to_autograd() -> None:
     put(padded_attention, "attend", padded_attention.reference_attend)
 
 
-def leave_the_norms_backward_to_autograd() -> None:
-    def by_autograd(*arguments: Any) -> Tensor:
-        return residual_norm.reference_dropout_residual_norm(*arguments[:-1])  # but for `impl`
-
-    put(bert, "dropout_residual_norm", by_autograd)
-
-
 def make_masks_over_bool() -> None:
     def mask(
         shape: Sequence[int],
@@ -120,7 +113,6 @@ SAVINGS: dict[str, tuple[Callable[[], None], tuple[int, ...]]] = {
     "frozen trunk in large batches": (run_the_trunk_at_every_step, (1,)),
     "two texts to a strip of attention": (give_each_text_a_strip, (2,)),
     "attention's backward written out": (leave_the_attentions_backward_to_autograd, (2,)),
-    "dropout, residual and norm in one": (leave_the_norms_backward_to_autograd, (2,)),
     "masks compared as int16, not over bool": (make_masks_over_bool, (2, 1)),
     "masks from 16-bit lanes, not bernoulli_": (draw_masks_by_bernoulli, (2, 1)),
     "rounded token counts and lengths": (leave_token_counts_as_they_are, (2,)),

@@ -13,13 +13,10 @@ by −r x̂_i x̂_j / D. So
     dresidual = dh        dx = dh ⊙ mask / (1 − p)
     dweight = Σ_rows dy ⊙ x̂       dbias = Σ_rows dy
 
-Written out, dropout and residual are one pass over memory instead of three. The statistics of the
-norm are fp32, for bf16 input too.
-
-In torch, of the intermediate tensors only h and the mask outlive the forward pass. For torch's CPU
-kernel to keep mean and 1/σ for backward in fp32, weight and bias must come in fp32 (with a bf16
-weight it rounds them to 8 bits); its CUDA kernel keeps them in fp32 by itself, and wants all of one
-dtype.
+The statistics of the norm are fp32, for bf16 input too. In torch, autograd derives the gradient
+(written out, it was no faster: `benchmarks/README.md`). For torch's CPU kernel to keep mean and 1/σ
+for backward in fp32, weight and bias must come in fp32 (with a bf16 weight it rounds them to 8
+bits); its CUDA kernel keeps them in fp32 by itself, and wants all of one dtype.
 
 In Triton, nothing outlives it but μ and r: h is made again from x and residual, in fp32, and the
 mask from its counters. A row is read once and stays in registers. Backward walks over the rows
@@ -64,19 +61,18 @@ def dropout_residual_norm(
     GPU; in Triton any. randomness: on x's device, for Triton DropoutCounters; None turns dropout
     off. site: see `dropout`.
     """
-    normed_TD: Tensor
     if use_triton(impl, x_TD):
-        normed_TD = _TritonResidualNorm.apply(
+        normed_TD: Tensor = _TritonResidualNorm.apply(
             x_TD, residual_TD, weight_D, bias_D, eps, p, randomness, site
         )
-    elif p == 0.0 or randomness is None:
-        normed_TD = F.layer_norm(residual_TD + x_TD, weight_D.shape, weight_D, bias_D, eps)
+        return normed_TD
+    if p == 0.0 or randomness is None:
+        hidden_TD = residual_TD + x_TD
     else:
         mask_TD, scale = dropout_mask(x_TD.shape, p, randomness, x_TD.dtype, site)
-        normed_TD = _TorchResidualNorm.apply(
-            x_TD, residual_TD, mask_TD, scale, weight_D, bias_D, eps
-        )
-    return normed_TD
+        # Scaled as it is added: one rounding, here and in backward.
+        hidden_TD = torch.add(residual_TD, x_TD * mask_TD, alpha=scale)
+    return F.layer_norm(hidden_TD, weight_D.shape, weight_D, bias_D, eps)
 
 
 def reference_dropout_residual_norm(
@@ -92,44 +88,6 @@ def reference_dropout_residual_norm(
     """The same function, step by step and differentiated by autograd."""
     hidden_TD = residual_TD + dropout(x_TD, p, randomness, site)
     return F.layer_norm(hidden_TD, weight_D.shape, weight_D, bias_D, eps)
-
-
-class _TorchResidualNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x_TD: Tensor,
-        residual_TD: Tensor,
-        mask_TD: Tensor,
-        scale: float,
-        weight_D: Tensor,
-        bias_D: Tensor,
-        eps: float,
-    ) -> Tensor:
-        hidden_TD = torch.addcmul(residual_TD, x_TD, mask_TD, value=scale)
-        normed_TD, mean_T1, rstd_T1 = torch.native_layer_norm(
-            hidden_TD, weight_D.shape, weight_D, bias_D, eps
-        )
-        ctx.save_for_backward(hidden_TD, mask_TD, mean_T1, rstd_T1, weight_D, bias_D)
-        ctx.scale = scale
-        return normed_TD
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, upstream_TD: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TD, mask_TD, mean_T1, rstd_T1, weight_D, bias_D = ctx.saved_tensors
-        dhidden_TD, dweight_D, dbias_D = torch.ops.aten.native_layer_norm_backward(
-            upstream_TD.contiguous(),
-            hidden_TD,
-            weight_D.shape,
-            mean_T1,
-            rstd_T1,
-            weight_D,
-            bias_D,
-            [True, ctx.needs_input_grad[4], ctx.needs_input_grad[5]],
-        )
-        dx_TD = (dhidden_TD * mask_TD).mul_(ctx.scale)
-        return dx_TD, dhidden_TD, None, None, dweight_D, dbias_D, None
 
 
 class _TritonResidualNorm(torch.autograd.Function):
