@@ -50,7 +50,7 @@ from harness import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from twostage.kernels.adamw import adamw_, reference_adamw_
+from twostage.kernels.adamw import adamw_
 from twostage.kernels.attention import packed_attention, packed_layout
 from twostage.kernels.cross_entropy import fused_cross_entropy
 from twostage.kernels.dropout import DropoutCounters
@@ -61,6 +61,7 @@ from twostage.kernels.residual_norm import (
     dropout_residual_norm,
     reference_dropout_residual_norm,
 )
+from twostage.training import optim
 from twostage.training.losses import ldam
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -609,7 +610,7 @@ def adamw_cases(device: torch.device) -> list[CaseOf]:
         def reference(*leaves: Tensor) -> Tensor:
             dtype = leaves[0].dtype
             weights_P, g_P, m_P, v_P = (leaf.detach().to(dtype, copy=True) for leaf in leaves)
-            reference_adamw_(weights_P, g_P, m_P, v_P, update, rate, divisor, skip)
+            optim.adamw_(weights_P, g_P / divisor, m_P, v_P, int(update), float(rate))
             return weights_P
 
         return Case(

@@ -1,9 +1,8 @@
 """AdamW over flat buffers: every trained weight in one pass over memory.
 
-With g the gradient divided by `divisor`, λ the weight decay, t the number of this update
-(Loshchilov & Hutter 2019, algorithm 2, with the learning rate as torch applies it):
+With g the gradient divided by `divisor` and t the number of this update (Loshchilov & Hutter 2019,
+algorithm 2, without weight decay; `training/optim.py` has it as code):
 
-    w ← (1 − lr·λ) · w
     m ← m + (1 − β1) · (g − m)                 running mean of the gradients
     v ← β2 · v + (1 − β2) · g²                 running mean of their squares
     w ← w − lr / (1 − β1ᵗ) · m / (√v / √(1 − β2ᵗ) + eps)
@@ -46,7 +45,6 @@ def adamw_(
     skip: Tensor,
     *,
     rounded_P: Tensor | None = None,
-    weight_decay: float = 0.0,
     impl: str = "auto",
 ) -> None:
     """One update, in place, of weights and moments; without autograd.
@@ -68,7 +66,6 @@ def adamw_(
             divisor,
             skip,
             rounded_P,
-            weight_decay,
         )
         return
     torch._fused_adamw_(
@@ -82,41 +79,13 @@ def adamw_(
         lr=learning_rate.float() if weights_P.is_cuda else learning_rate,
         beta1=BETAS[0],
         beta2=BETAS[1],
-        weight_decay=weight_decay,
+        weight_decay=0.0,
         eps=EPS,
         amsgrad=False,
         maximize=False,
         grad_scale=divisor,
         found_inf=skip,
     )
-    if rounded_P is not None:
-        rounded_P.copy_(weights_P)
-
-
-def reference_adamw_(
-    weights_P: Tensor,
-    gradients_P: Tensor,
-    exp_avg_P: Tensor,
-    exp_avg_sq_P: Tensor,
-    update: Tensor,
-    learning_rate: Tensor,
-    divisor: Tensor,
-    skip: Tensor,
-    *,
-    rounded_P: Tensor | None = None,
-    weight_decay: float = 0.0,
-) -> None:
-    """The same update, written as the formula, in the weights' precision."""
-    if skip != 0:
-        return
-    beta1, beta2 = BETAS
-    g_P = gradients_P.to(weights_P.dtype) / divisor
-    weights_P.mul_(1 - learning_rate * weight_decay)
-    exp_avg_P.add_((1 - beta1) * (g_P - exp_avg_P))
-    exp_avg_sq_P.mul_(beta2).add_((1 - beta2) * g_P**2)
-    t = float(update)
-    denominator_P = exp_avg_sq_P.sqrt() / (1 - beta2**t) ** 0.5 + EPS
-    weights_P.sub_(learning_rate / (1 - beta1**t) * exp_avg_P / denominator_P)
     if rounded_P is not None:
         rounded_P.copy_(weights_P)
 
@@ -128,8 +97,8 @@ GPU yet."""
 
 @torch_operator(
     "adamw_(Tensor(a!) weights, Tensor gradients, Tensor(b!) exp_avg, Tensor(c!) exp_avg_sq, "
-    "Tensor update, Tensor learning_rate, Tensor divisor, Tensor skip, Tensor(d!)? rounded, "
-    "float weight_decay) -> ()",
+    "Tensor update, Tensor learning_rate, Tensor divisor, Tensor skip, Tensor(d!)? rounded) "
+    "-> ()",
     fake=lambda *_: None,
 )
 def _update(
@@ -142,7 +111,6 @@ def _update(
     divisor: Tensor,
     skip: Tensor,
     rounded_P: Tensor | None,
-    weight_decay: float,
 ) -> None:
     num_weights = weights_P.numel()
     if num_weights:
@@ -157,7 +125,6 @@ def _update(
             divisor,
             skip,
             num_weights,
-            weight_decay,
             BETA1=BETAS[0],
             BETA2=BETAS[1],
             LOG_BETA1=math.log(BETAS[0]),
@@ -181,7 +148,6 @@ def adamw_kernel(
     divisor: "Pointer",
     skip: "Pointer",
     num_weights: int,
-    weight_decay: float,
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     LOG_BETA1: tl.constexpr,
@@ -195,9 +161,7 @@ def adamw_kernel(
     t = tl.load(update).to(tl.float64)
     debias1 = (1.0 - tl.exp(t * tl.full([], LOG_BETA1, tl.float64))).to(tl.float32)
     debias2 = (1.0 - tl.exp(t * tl.full([], LOG_BETA2, tl.float64))).to(tl.float32)
-    rate = tl.load(learning_rate)
-    step_size, correction = rate.to(tl.float32) / debias1, tl.sqrt(debias2)
-    decay = (1.0 - rate * weight_decay).to(tl.float32)
+    step_size, correction = tl.load(learning_rate).to(tl.float32) / debias1, tl.sqrt(debias2)
 
     first = tl.program_id(0).to(tl.int64) * BLOCK
     places = first + tl.arange(0, BLOCK)
@@ -214,7 +178,6 @@ def adamw_kernel(
             tl.load(divisor),
             step_size,
             correction,
-            decay,
             BETA1,
             BETA2,
             EPS,
@@ -230,7 +193,6 @@ def adamw_kernel(
             tl.load(divisor),
             step_size,
             correction,
-            decay,
             BETA1,
             BETA2,
             EPS,
@@ -248,7 +210,6 @@ def _update_block(
     divisor: "Pointer",
     step_size: "Pointer",
     correction: "Pointer",
-    decay: "Pointer",
     BETA1: tl.constexpr,
     BETA2: tl.constexpr,
     EPS: tl.constexpr,
@@ -256,7 +217,7 @@ def _update_block(
     g = tl.load(gradients, mask=inside).to(tl.float32) / divisor
     m = tl.load(exp_avg, mask=inside)
     v = tl.load(exp_avg_sq, mask=inside)
-    w = tl.load(weights, mask=inside) * decay
+    w = tl.load(weights, mask=inside)
     m += (1.0 - BETA1) * (g - m)
     v = BETA2 * v + (1.0 - BETA2) * g * g
     w -= step_size * m / (tl.sqrt(v) / correction + EPS)

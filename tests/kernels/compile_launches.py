@@ -127,7 +127,7 @@ def run_adamw(dtype: torch.dtype) -> None:
     ]
     copies = [None, torch.empty(5_000, dtype=torch.bfloat16 if dtype == torch.float32 else dtype)]
     for rounded_P in copies:
-        adamw_(*buffers, *scalars, rounded_P=rounded_P, weight_decay=0.0, impl="triton")
+        adamw_(*buffers, *scalars, rounded_P=rounded_P, impl="triton")
 
 
 RUNS: tuple[Callable[[torch.dtype], None], ...] = (
