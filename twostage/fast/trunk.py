@@ -6,7 +6,8 @@ and on the dropout mask, never on what is being trained. So it need not be compu
 and in batches as large as the matrix units like, without anything kept for backward; the steps then
 start from these hidden states, the features. Exact: dropout stays on, and a text drawn twice gets
 two masks, so the trained layers see the same distribution as if each step ran the whole encoder.
-What it gave: stage 1 at 1.54 times the speed (batch 16, on a CPU; `benchmarks/README.md`).
+What it gave: stage 1 at 1.54 times the speed on a CPU with matrix units, 1.07 times on one without
+(batch 16; `benchmarks/README.md`).
 
 Several seeds can share the features (`cache_features`): those of each epoch, with masks that all
 seeds have in common, or, as an approximation of the recipe, one set without dropout.

@@ -13,8 +13,8 @@ What is saved, and why it is exact:
               of BERT's 30,522 a third for some thousand short texts, and with it go two thirds of
               the optimizer's work on the largest table.
 
-What it gave, on a CPU at batch 16: the words 7 % of stage 2, the flat buffers 62 MiB
-(`benchmarks/README.md`); what the rounded model gives alone has not been measured.
+What it gave on a CPU, at batch 16: the words 7 to 8 % of stage 2, the flat buffers 62 MiB
+(`benchmarks/README.md`). What the rounded model gives alone has not been measured.
 
 Each parameter begins at a multiple of 64 bytes, with zeros between it and the one before: on some
 CPUs the last bit of a product with one row, as in a batch of one text, depends on the weight's

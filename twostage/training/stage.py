@@ -160,7 +160,7 @@ def train_stage(
 
 
 def non_finite_error(state: TrainingState, rows_B: np.ndarray) -> NonFiniteError:
-    """For the step at which `state` stands, with these rows."""
+    """The error of the step at which `state` stands, with these rows."""
     shown = ", ".join(map(str, rows_B[:16])) + (", …" if len(rows_B) > 16 else "")
     return NonFiniteError(
         f"seed {state.seed}, stage {state.stage}, step {state.step + 1}: the loss or the gradient "
