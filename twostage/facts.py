@@ -206,8 +206,8 @@ def _describe_sizes(run: PreparedRun) -> str:
 
 def _train_labels(run: PreparedRun) -> np.ndarray:
     """Labels of the training texts, then of the augmented ones."""
-    data = [run.data.train, *([run.data.augmented] if run.data.augmented else [])]
-    return np.concatenate([part.labels_N for part in data])
+    parts = (run.data.train, run.data.augmented)
+    return np.concatenate([part.labels_N for part in parts if part is not None])
 
 
 def _pair_keys(keys_N: np.ndarray, labels_N: np.ndarray, classes: Classes) -> np.ndarray:

@@ -14,7 +14,7 @@ from twostage.data.token_store import StageData, TokenStore
 from twostage.fast import trunk as trunk_module
 from twostage.fast.randomness import counters_of
 from twostage.fast.step import drawn_from, make_step
-from twostage.fast.trunk import cache_features, compute_features
+from twostage.fast.trunk import cache_features, compute_features, count_frozen_layers
 from twostage.kernels.attention import packed_layout
 from twostage.model.bert import Bert
 from twostage.model.checkpoint import Checkpoint
@@ -60,6 +60,29 @@ def test_stage_1_does_not_keep_or_repeat_the_trunk(
     train(tiny_checkpoint, 1, make_step, dropout=0.1, epochs=3)
     assert len(passes) == 3
     assert sum(passes) < 3 * (len(data.store.ids) + 64)
+
+
+@pytest.mark.parametrize(("trained", "expected"), [(0, 2), (1, 2), (2, 1), (3, 0)])
+def test_all_frozen_layers_but_the_last_are_computed_ahead(
+    tiny_checkpoint: Checkpoint, start: Any, trained: int, expected: int
+) -> None:
+    model = start(tiny_checkpoint, 1).model
+    freeze_below_top(model, trained)
+    assert count_frozen_layers(model) == expected
+
+
+def test_windows_have_masks_of_their_own(
+    tiny_checkpoint: Checkpoint, data: StageData, start: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One text at each step, in one epoch and in the next."""
+    monkeypatch.setattr(trunk_module, "WINDOW_TOKENS", 1)
+    state, rows_B = start(tiny_checkpoint, 1, dropout=0.3), np.array([3])
+    epochs = [[rows_B, rows_B], [rows_B]]
+    with make_step(state, data, cross_entropy, epochs, torch.float32) as step:
+        hidden = [step.read_inputs(rows_B, n, 0.0).hidden_TD.clone() for n in (0, 1, 2, 0)]
+    assert torch.equal(hidden[0], hidden[3])
+    for one, other in pairwise(hidden):
+        assert not torch.equal(one, other)
 
 
 def test_a_text_drawn_twice_has_two_masks_and_the_same_seed_draws_them_again(

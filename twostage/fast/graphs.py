@@ -176,6 +176,7 @@ class StepGraphs:
         hidden_ED = window.hidden_ED
         if self._tables is None or not self._tables.have_room(num_tokens, num_steps, hidden_ED):
             self._graphs.clear()  # they look at the old place
+            self._results.clear()
             # With some room for larger windows.
             room = (num_tokens + num_tokens // 8, num_steps + num_steps // 2 + 8, self._batch_size)
             self._tables = _DeviceTables(room, hidden_ED, self._device)
