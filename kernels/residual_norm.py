@@ -13,10 +13,10 @@ by −r x̂_i x̂_j / D. So
     dresidual = dh        dx = dh ⊙ mask / (1 − p)
     dweight = Σ_rows dy ⊙ x̂       dbias = Σ_rows dy
 
-The statistics of the norm are fp32, for bf16 input too. In torch, autograd derives the gradient
-(written out, it was no faster: `benchmarks/README.md`). For torch's CPU kernel to keep mean and 1/σ
-for backward in fp32, weight and bias must come in fp32 (with a bf16 weight it rounds them to 8
-bits); its CUDA kernel keeps them in fp32 by itself, and wants all of one dtype.
+The statistics of the norm are fp32, for bf16 input too. In torch, autograd derives the norm's
+gradient (written out, it was no faster: `benchmarks/README.md`). For torch's CPU kernel to keep
+mean and 1/σ for backward in fp32, weight and bias must come in fp32 (with a bf16 weight it rounds
+them to 8 bits); its CUDA kernel keeps them in fp32 by itself, and wants all of one dtype.
 
 In Triton, nothing outlives it but μ and r: h is made again from x and residual, in fp32, and the
 mask from its counters. A row is read once and stays in registers. Backward walks over the rows
@@ -70,8 +70,7 @@ def dropout_residual_norm(
         hidden_TD = residual_TD + x_TD
     else:
         mask_TD, scale = dropout_mask(x_TD.shape, p, randomness, x_TD.dtype, site)
-        # Scaled as it is added: one rounding, here and in backward.
-        hidden_TD = torch.add(residual_TD, x_TD * mask_TD, alpha=scale)
+        hidden_TD = _AddDropped.apply(residual_TD, x_TD, mask_TD, scale)
     return F.layer_norm(hidden_TD, weight_D.shape, weight_D, bias_D, eps)
 
 
@@ -88,6 +87,27 @@ def reference_dropout_residual_norm(
     """The same function, step by step and differentiated by autograd."""
     hidden_TD = residual_TD + dropout(x_TD, p, randomness, site)
     return F.layer_norm(hidden_TD, weight_D.shape, weight_D, bias_D, eps)
+
+
+class _AddDropped(torch.autograd.Function):
+    """residual + x ⊙ mask · scale, rounded once here and once in backward.
+
+    Autograd's own gradient would round the scale to bf16: 1 / 0.9 would be 1.109.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, residual_TD: Tensor, x_TD: Tensor, mask_TD: Tensor, scale: float
+    ) -> Tensor:
+        ctx.save_for_backward(mask_TD)
+        ctx.scale = scale
+        return torch.addcmul(residual_TD, x_TD, mask_TD, value=scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream_TD: Tensor) -> tuple[Tensor | None, ...]:
+        (mask_TD,) = ctx.saved_tensors
+        return upstream_TD, (upstream_TD * mask_TD).mul_(ctx.scale), None, None
 
 
 class _TritonResidualNorm(torch.autograd.Function):

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twostage.kernels import residual_norm
-from twostage.kernels.dropout import DropoutCounters, Randomness
+from twostage.kernels.dropout import DropoutCounters, Randomness, dropout_mask
 from twostage.kernels.residual_norm import dropout_residual_norm, reference_dropout_residual_norm
 
 MakeCounters = Callable[[int], DropoutCounters]
@@ -236,3 +236,24 @@ class TestTriton:
         leaves = random_inputs(3, 12, torch.float32, device)
         with pytest.raises(TypeError, match="DropoutCounters"):
             dropout_residual_norm(*leaves, 1e-12, 0.1, torch.Generator(device), impl="triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_torch_the_sum_before_the_norm_is_rounded_once(dtype: torch.dtype) -> None:
+    """With 1 / (1 - p) rounded to 16 bits, every kept feature would be off by the same factor."""
+    generator = torch.Generator().manual_seed(0)
+    x, residual = (torch.randn(300, 64, generator=generator).to(dtype) for _ in range(2))
+    x.requires_grad_()
+    weight, bias = torch.ones(64), torch.zeros(64)
+    seeded = torch.Generator().manual_seed(1)
+    ours = dropout_residual_norm(x, residual, weight, bias, 1e-12, 0.1, seeded)
+    mask, scale = dropout_mask(x.shape, 0.1, torch.Generator().manual_seed(1), dtype)
+    exact = residual.double() + x.detach().double() * mask.double() * scale
+    expected = F.layer_norm(exact.to(dtype), (64,), weight, bias, 1e-12)
+    assert (ours != expected).float().mean() < 0.005, "fp32 first: a tie may fall to either side"
+    leaf = exact.to(dtype).requires_grad_()
+    upstream = torch.randn(300, 64, generator=generator).to(dtype)
+    F.layer_norm(leaf, (64,), weight, bias, 1e-12).backward(upstream)
+    ours.backward(upstream)
+    expected = (leaf.grad.double() * mask.double() * scale).to(dtype)
+    assert (x.grad != expected).float().mean() < 0.005

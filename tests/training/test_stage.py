@@ -10,7 +10,7 @@ import torch
 
 from twostage.data.samplers import epoch_batches
 from twostage.data.token_store import StageData, TokenStore
-from twostage.errors import NonFiniteError
+from twostage.errors import NonFiniteError, UsageError
 from twostage.fast import trunk
 from twostage.fast.step import make_step
 from twostage.model.checkpoint import Checkpoint, build_model
@@ -261,3 +261,28 @@ def test_an_infinite_gradient_stops_it_too(
     with pytest.raises(NonFiniteError, match="step 1: "):
         train_stage(state, data, steep, SETTINGS, make_step=make)
     assert all(map(torch.equal, weights(state), before))
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_stage_goes_on_by_the_step_that_it_began_with(
+    tiny_checkpoint: Checkpoint,
+    data: StageData,
+    monkeypatch: pytest.MonkeyPatch,
+    make: MakeStep,
+    stage: int,
+) -> None:
+    monkeypatch.setattr(stage_module, "REPORT_EVERY", 1)
+
+    def stop(report: StepReport) -> None:
+        raise Stop
+
+    state = make_state(tiny_checkpoint, stage)
+    with pytest.raises(Stop):
+        train_stage(state, data, cross_entropy, SETTINGS, make_step=make, on_report=stop)
+    before = weights(state)
+    began, other = ("plain", make_step) if make is make_plain_step else ("fast", make_plain_step)
+    with pytest.raises(UsageError, match=f"was begun by the {began} step; go on with"):
+        train_stage(state, data, cross_entropy, SETTINGS, make_step=other)
+    assert all(map(torch.equal, weights(state), before))
+    assert all(p.grad is None for p in state.model.parameters())
+    train_stage(state, data, cross_entropy, SETTINGS, make_step=make)

@@ -65,12 +65,12 @@ def make_step(
     with FlatWeights(state, dtype, used_tokens_V, impl) as weights:
         fused = fuse(loss_function, impl)
         step = Step(state, StageData(store, data.labels_N), fused, epochs, weights, impl)
-        count_masks(step)
-        run_frozen_layers_ahead(step, features)
-        replay_graphs(step, graphs)
-        watch_for_non_finite(step)  # before the next: a step that it skips is not looked at
-        scale_loss(step)
         try:
+            count_masks(step)
+            run_frozen_layers_ahead(step, features)
+            replay_graphs(step, graphs)
+            watch_for_non_finite(step)  # before the next: a step that it skips is not looked at
+            scale_loss(step)
             yield step
         finally:
             step.release()

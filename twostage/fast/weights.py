@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.token_store import TokenStore
+from ..errors import UsageError
 from ..kernels.adamw import adamw_
 from ..model.assembly import round_classifier
 from ..training.optim import MAX_GRAD_NORM
@@ -66,6 +67,9 @@ class FlatWeights:
         trained = {name: master for name, master in masters.items() if master.requires_grad}
         self.masters = list(trained.values())
         sizes = [-(-master.numel() // ALIGN_TO) * ALIGN_TO for master in self.masters]
+        self._exp_avg_P, self._exp_avg_sq_P, self._updates = _take_moments(
+            state, sum(sizes), model.device
+        )
         self.weights_P = torch.zeros(sum(sizes), device=model.device)
         """The fp32 weights, end to end."""
         for master, weights in zip(self.masters, self.weights_P.split(sizes), strict=True):
@@ -97,16 +101,6 @@ class FlatWeights:
         self._num_arrived = 0
         # On a CPU a gradient is copied while it is in the cache; a GPU takes many at one launch.
         self._copies_at_once = model.device.type == "cuda"
-
-        if not state.optimizer:
-            state.optimizer["exp_avg_P"] = torch.zeros_like(self.weights_P)
-            state.optimizer["exp_avg_sq_P"] = torch.zeros_like(self.weights_P)
-            state.optimizer["updates"] = self.weights_P.new_zeros(())
-        assert "exp_avg_P" in state.optimizer, "a stage goes on by the step that it began with"
-        self._exp_avg_P, self._exp_avg_sq_P, self._updates = (
-            state.optimizer[name] for name in ("exp_avg_P", "exp_avg_sq_P", "updates")
-        )
-        assert self._exp_avg_P.shape == self.weights_P.shape, "moments of another table"
 
     def __enter__(self) -> "FlatWeights":
         return self
@@ -185,6 +179,23 @@ def renumber_tokens(store: TokenStore) -> tuple[TokenStore, Tensor]:
     """
     used_tokens_V, ids = torch.unique(store.ids, return_inverse=True)
     return TokenStore(ids.int(), store.offsets), used_tokens_V
+
+
+def _take_moments(
+    state: TrainingState, num_weights: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """AdamW's moments and the number of its updates, zeros at the beginning of a stage."""
+    if not state.optimizer:
+        state.optimizer = {
+            "exp_avg_P": torch.zeros(num_weights, device=device),
+            "exp_avg_sq_P": torch.zeros(num_weights, device=device),
+            "updates": torch.zeros((), device=device),
+        }
+    if "exp_avg_P" not in state.optimizer:
+        raise UsageError("the stage was begun by the plain step; go on with engine 'plain'")
+    moments = state.optimizer["exp_avg_P"], state.optimizer["exp_avg_sq_P"]
+    assert len(moments[0]) == num_weights, "moments of another table"
+    return *moments, state.optimizer["updates"]
 
 
 def _view_like(parameter: Tensor, room: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from torch.func import functional_call
 from ..data.packing import pack, send
 from ..data.samplers import epoch_batches
 from ..data.token_store import StageData
-from ..errors import NonFiniteError
+from ..errors import NonFiniteError, UsageError
 from ..model.bert import stays_fp32
 from ..progress import StepReport, progress_bar
 from .losses import Loss
@@ -70,6 +70,8 @@ def make_plain_step(
     model, generator = state.model, torch.Generator(state.model.device)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     loss_factor = 1_024.0 if dtype == torch.float16 else 1.0
+    if "exp_avg_P" in state.optimizer:
+        raise UsageError("the stage was begun by the fast step; go on with engine 'fast'")
     state.optimizer = state.optimizer or {
         f"{moment}.{name}": torch.zeros_like(weight)
         for moment in ("exp_avg", "exp_avg_sq")
