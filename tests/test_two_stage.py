@@ -14,7 +14,7 @@ import transformers
 from torch.nn import functional as F
 
 from twostage import Recipe, Table, train_two_stage
-from twostage.api import Result
+from twostage.api import Result, train_one_seed
 from twostage.data.samplers import random_batches
 from twostage.data.token_store import StageData, TokenStore
 from twostage.data.tokenization import load_tokenizer
@@ -26,6 +26,7 @@ from twostage.model.checkpoint import (
     build_model,
     load_checkpoint,
 )
+from twostage.preparation import Datasets
 from twostage.progress import StepReport
 from twostage.recipe import ENGINES
 from twostage.saved_model import ModelInfo, save_model
@@ -37,9 +38,9 @@ from twostage.training.losses import (
     ldam,
     ldam_margins,
 )
-from twostage.training.stage import StageSettings, train_stage
+from twostage.training.stage import StageSettings, make_plain_step, train_stage
 from twostage.training.state import HEAD_STREAM, TrainingState, derive_seed
-from twostage.two_stage import stage_1_signal
+from twostage.two_stage import fine_tune, stage_1_signal
 
 TEXTS = ["good film", "fine", "great fun", "bad film", "awful"]
 
@@ -240,6 +241,18 @@ def test_stage_1_trains_the_top_and_stage_2_everything(
     assert first["settings"].learning_rate == 1e-4
     assert second["settings"].learning_rate == 1e-5
     assert first["loss"] != second["loss"]
+
+
+def test_the_algorithm_stands_alone(tiny_checkpoint: Checkpoint) -> None:
+    """Without precision, engine or report, it is the plain engine's fp32."""
+    ids = torch.randint(1, 101, (120,), generator=torch.Generator().manual_seed(1)).int()
+    data = StageData(TokenStore(ids, torch.arange(0, 121, 10)), np.arange(12) % 4 // 3)
+    recipe = replace(RECIPE, precision="fp32", engine="plain", batch_size=4)
+    model = fine_tune(tiny_checkpoint, data, 2, recipe, seed=7)
+    same, _ = train_one_seed(tiny_checkpoint, Datasets(data, data, 2), recipe, 7, make_plain_step)
+    other = fine_tune(tiny_checkpoint, data, 2, recipe, seed=8)
+    assert all(map(torch.equal, model.parameters(), same.parameters()))
+    assert not any(map(torch.equal, model.classifier.parameters(), other.classifier.parameters()))
 
 
 def test_stage_1_balances_the_data_or_the_loss() -> None:
