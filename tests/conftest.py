@@ -3,6 +3,7 @@
 import fcntl
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ if not torch.cuda.is_available():
 
 from twostage.assets.data_sets import fetch_demo
 from twostage.data.tables import Table, read_table
+from twostage.data.token_store import TokenStore
 from twostage.model.checkpoint import Checkpoint, tensor_names
 from twostage.model.config import BertConfig
 
@@ -90,6 +92,22 @@ def short_heads_checkpoint() -> Checkpoint:
     """Two layers with heads of 32 features, for which attention has Triton kernels."""
     config = replace(TINY, hidden_size=64, num_attention_heads=2, num_hidden_layers=2)
     return random_checkpoint(config)
+
+
+MakeStore = Callable[[int, int, int], TokenStore]
+
+
+@pytest.fixture
+def random_store() -> MakeStore:
+    """Takes a number of texts, the longest's tokens and the number of words: texts of 2 or more."""
+
+    def make(num_texts: int, longest: int, vocabulary: int) -> TokenStore:
+        generator = torch.Generator().manual_seed(1)
+        lengths = torch.randint(2, longest + 1, (num_texts,), generator=generator)
+        ids = torch.randint(1, vocabulary, (int(lengths.sum()),), generator=generator).int()
+        return TokenStore(ids, torch.cat([torch.zeros(1).long(), lengths.cumsum(0)]))
+
+    return make
 
 
 def random_checkpoint(config: BertConfig) -> Checkpoint:

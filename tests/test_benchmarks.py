@@ -87,7 +87,7 @@ def test_without_dropout_every_rival_has_our_losses(
         assert result.get("mean_loss") == pytest.approx(ours, rel=tolerance), (run, result)
 
 
-def test_steps_of_ours_tick_as_they_return_and_tell_of_their_captures_at_the_end(
+def test_ours_ticks_after_each_step_and_tells_of_captures(
     train_throughput: ModuleType, workload: ModuleType
 ) -> None:
     import harness

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from twostage.data.packing import pack
-from twostage.data.token_store import StageData, TokenStore
+from twostage.data.token_store import StageData
 from twostage.errors import NonFiniteError
 from twostage.fast.step import make_step
 from twostage.fast.weights import WORD_EMBEDDINGS
@@ -47,15 +47,11 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 
 @pytest.fixture
-def data() -> StageData:
+def data(random_store: Any) -> StageData:
     """60 texts of 2 to 30 tokens; the label is whether the second token is number 50."""
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(2, 31, (60,), generator=generator)
-    ids = torch.randint(1, 50, (int(lengths.sum()),), generator=generator).int()
-    offsets = torch.cat([torch.zeros(1).long(), lengths.cumsum(0)])
-    labels_N = np.arange(60) % 2
-    ids[offsets[:-1][torch.from_numpy(labels_N == 1)] + 1] = 50
-    return StageData(TokenStore(ids, offsets), labels_N)
+    store, labels_N = random_store(60, 30, 50), np.arange(60) % 2
+    store.ids[store.offsets[:-1][torch.from_numpy(labels_N == 1)] + 1] = 50
+    return StageData(store, labels_N)
 
 
 def relative_error(ours: Tensor, exact: Tensor) -> float:

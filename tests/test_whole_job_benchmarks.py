@@ -246,7 +246,7 @@ def test_without_any_one_saving_the_training_is_the_same(monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 def test_what_stands_in_for_a_saving_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put where nobody looks, it would leave the saving in."""
+    """A stand-in that is never called would leave the saving in."""
     monkeypatch.syspath_prepend(BENCHMARKS)
     import savings
 

@@ -83,13 +83,9 @@ def measure_spread() -> MeasureSpread:
 
 
 @pytest.fixture
-def data() -> StageData:
+def data(random_store: Callable[[int, int, int], TokenStore]) -> StageData:
     """50 texts of 2 to 19 tokens, of two classes; no text has one of the tokens from 80 on."""
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(2, 20, (50,), generator=generator)
-    ids = torch.randint(1, 80, (int(lengths.sum()),), generator=generator).int()
-    offsets = torch.cat([torch.zeros(1).long(), lengths.cumsum(0)])
-    return StageData(TokenStore(ids, offsets), np.arange(50) % 3 // 2)
+    return StageData(random_store(50, 19, 80), np.arange(50) % 3 // 2)
 
 
 @dataclass(frozen=True)

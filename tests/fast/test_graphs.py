@@ -273,13 +273,13 @@ def test_a_step_that_is_not_finite_is_found_and_changes_nothing(
 def test_compiling_leaves_no_trace(
     short_heads_checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch, stage: int, graphs: bool
 ) -> None:
-    """In weights, moments, loss scale and the numbers that torch draws."""
+    """Weights, moments, loss scale and the numbers that torch draws stay as they are."""
 
     class Leave(Exception):
         pass
 
     state, calls = start(short_heads_checkpoint, stage), list[int]()
-    original = StepGraphs.compile
+    original, train_on = StepGraphs.compile, Step.train_on
 
     def compile_watched(self: StepGraphs) -> None:
         step = self._step
@@ -289,13 +289,6 @@ def test_compiling_leaves_no_trace(
         state.optimizer["exp_avg_P"].normal_()
         tensors = [*state.optimizer.values(), *state.model.parameters()]
         before = [*(t.detach().clone() for t in tensors), torch.get_rng_state()]
-        train_on = step.train_on
-
-        def train_and_count(inputs: StepInputs) -> tuple[Tensor, Tensor]:
-            calls.append(inputs.layout.max_length)
-            return train_on(inputs)
-
-        step.train_on = train_and_count  # type: ignore[method-assign]
         original(self)
         for tensor, its in zip([*tensors, torch.get_rng_state()], before, strict=True):
             assert torch.equal(tensor, its)
@@ -303,7 +296,12 @@ def test_compiling_leaves_no_trace(
             check(9)  # nothing was found
         raise Leave
 
+    def train_and_count(self: Step, inputs: StepInputs) -> tuple[Tensor, Tensor]:
+        calls.append(inputs.layout.max_length)
+        return train_on(self, inputs)
+
     monkeypatch.setattr(StepGraphs, "compile", compile_watched)
+    monkeypatch.setattr(Step, "train_on", train_and_count)
     with pytest.raises(Leave):
         train(state, dtype=torch.float16, graphs=graphs)
     assert calls == [16, 32], "the lengths in DATA are up to 20"
@@ -412,12 +410,15 @@ def kind_of(value: Any) -> Any:
 def inputs_of_steps(
     checkpoint: Checkpoint, batches: list[list[int]], data: StageData
 ) -> tuple[list[StepInputs], list[Bucket]]:
-    """Those of each step of the second epoch, and its bucket."""
+    """What each step of the second epoch reads, and its bucket."""
     rows = [np.array(batch) for batch in batches]
     state, seen = start(checkpoint, 2), list[StepInputs]()
     make = partial(make_step, impl="triton", graphs=True)
-    with make(state, data, cross_entropy, [rows, rows], torch.float32) as step:
-        step.train_on = lambda inputs: seen.append(inputs)  # type: ignore
+    with (
+        make(state, data, cross_entropy, [rows, rows], torch.float32) as step,
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(Step, "train_on", lambda self, inputs: seen.append(inputs))
         graphs = StepGraphs(step, enabled=True)
         buckets = [graphs.find_bucket(r) for r in rows]
         for number, bucket in enumerate(buckets, len(rows)):

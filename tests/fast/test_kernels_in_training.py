@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from twostage.data.token_store import StageData, TokenStore
+from twostage.data.token_store import StageData
 from twostage.fast.randomness import counted_masks
 from twostage.fast.step import Step, make_step
 from twostage.kernels import adamw
@@ -25,13 +25,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture
-def data() -> StageData:
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(2, 20, (60,), generator=generator)
-    ids = torch.randint(1, 90, (int(lengths.sum()),), generator=generator).int()
-    offsets = torch.cat([torch.zeros(1).long(), lengths.cumsum(0)])
-    labels_N = (torch.arange(60) % 3 == 0).long().numpy()
-    return StageData(TokenStore(ids, offsets), labels_N)
+def data(random_store: Any) -> StageData:
+    return StageData(random_store(60, 19, 90), (torch.arange(60) % 3 == 0).long().numpy())
 
 
 def train(

@@ -115,7 +115,7 @@ def test_weights_and_gradients_are_aligned_as_torchs_own(
 def test_gradients_are_those_of_the_last_backward_alone(
     model: BertClassifier, dtype: torch.dtype
 ) -> None:
-    """Of the word embeddings too, which name the few rows that the batch has read."""
+    """The word embeddings' gradient names only the rows that the batch has read."""
     ids = (torch.arange(1, 9), torch.tensor([5, 5, 90, 91, 92, 5, 5, 5]))
     positions, cu_seqlens = torch.tensor([0, 1, 2, 3] * 2), torch.tensor([0, 4, 8])
     with flatten(model, dtype) as flat:
@@ -128,7 +128,7 @@ def test_gradients_are_those_of_the_last_backward_alone(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_with_fewer_tokens_the_rest_is_the_same_and_rows_return_at_the_end(
+def test_fewer_tokens_change_nothing_and_their_rows_return(
     model: BertClassifier, dtype: torch.dtype
 ) -> None:
     used = torch.tensor([3, 8, 40])
@@ -183,7 +183,7 @@ def test_frozen_parameters_have_no_master(model: BertClassifier) -> None:
     assert all(p.grad is None for p in flat.model.bert.parameters())
 
 
-def test_gradients_rounded_all_at_once_are_those_rounded_one_by_one(model: BertClassifier) -> None:
+def test_gradients_copied_at_once_are_those_one_by_one(model: BertClassifier) -> None:
     """The one is the way on a GPU, the other on a CPU."""
     with flatten(model, torch.bfloat16) as flat:
         flat.model.bert.embeddings.word.sparse = False

@@ -39,15 +39,11 @@ def make_state(checkpoint: Checkpoint, stage: int = 2) -> TrainingState:
 
 
 @pytest.fixture
-def data() -> StageData:
+def data(random_store: Any) -> StageData:
     """50 texts; the label is whether the text holds token 50."""
-    generator = torch.Generator().manual_seed(1)
-    lengths = torch.randint(2, 20, (50,), generator=generator)
-    ids = torch.randint(1, 50, (int(lengths.sum()),), generator=generator).int()
-    offsets = torch.cat([torch.zeros(1).long(), lengths.cumsum(0)])
-    labels_N = np.arange(50) % 2
-    ids[offsets[:-1][torch.from_numpy(labels_N == 1)] + 1] = 50
-    return StageData(TokenStore(ids, offsets), labels_N)
+    store, labels_N = random_store(50, 19, 50), np.arange(50) % 2
+    store.ids[store.offsets[:-1][torch.from_numpy(labels_N == 1)] + 1] = 50
+    return StageData(store, labels_N)
 
 
 def weights(state: TrainingState) -> list[torch.Tensor]:
