@@ -41,6 +41,7 @@ __all__ = [
     "jit",
     "next_power_of_2",
     "tl",
+    "to_device",
     "torch_operator",
     "triton",
     "triton_problem",
@@ -119,6 +120,13 @@ def torch_operator(schema: str, fake: Callable[..., Any]) -> Callable[[Callable[
         return getattr(torch.ops.twostage, name).default
 
     return register
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on `device`, without a host sync."""
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def next_power_of_2(n: int) -> int:

@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import _INTERPRETED, Pointer, jit, next_power_of_2, tl, torch_operator, use_triton
+from . import _INTERPRETED, Pointer, jit, next_power_of_2, tl, to_device, torch_operator, use_triton
 from .dropout import (
     HEAD_FEATURES,
     DropoutCounters,
@@ -97,9 +97,7 @@ def packed_layout(cu_seqlens: Tensor, device: torch.device | None = None) -> Pac
     """
     on_host, on_device = cu_seqlens.cpu(), cu_seqlens.int()
     if device is not None and device != on_device.device:
-        if on_device.device.type == "cpu":
-            on_device = on_device.pin_memory()
-        on_device = on_device.to(device, non_blocking=True)
+        on_device = to_device(on_host.int(), device)
     return PackedLayout(on_device, on_device[:-1].long(), int(on_host.diff().max()), on_host)
 
 

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import to_device
 from .dropout import (
     HEAD_FEATURES,
     DropoutCounters,
@@ -61,11 +62,8 @@ class PaddedBlock:
     """[S, 1, W, L] fp32: the rows of `mask_S1LL` that belong to first tokens."""
 
     def to(self, device: torch.device) -> "PaddedBlock":
-        """From a CPU to `device`; the host does not wait for a GPU."""
-        if device.type == "cpu":
-            return self
-        pinned = (getattr(self, field.name).pin_memory() for field in fields(self))
-        return PaddedBlock(*(tensor.to(device, non_blocking=True) for tensor in pinned))
+        """The block on `device`, from a CPU and without a host sync."""
+        return PaddedBlock(*(to_device(getattr(self, f.name), device) for f in fields(self)))
 
 
 def padded_block(cu_seqlens: Tensor) -> PaddedBlock:

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from .data.packing import CPU
 from .data.token_store import StageData
 from .model.bert import BertClassifier
 from .model.checkpoint import Checkpoint, build_model
@@ -23,8 +24,6 @@ from .recipe import Recipe
 from .training.losses import Loss, cross_entropy, ldam, ldam_margins, make_class_weights
 from .training.stage import StageSettings, train_stage
 from .training.state import HEAD_STREAM, TrainingState, derive_seed
-
-CPU = torch.device("cpu")
 
 
 def fine_tune(

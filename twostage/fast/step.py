@@ -238,8 +238,8 @@ class Step:
         return logits_BC
 
     def release(self) -> None:
-        """Forget everything, so that memory is freed without the garbage collector: the step refers
-        to its savings, and they to it."""
+        """Forget everything: the step and its savings refer to each other, and would keep their
+        memory until the garbage collector runs."""
         vars(self).clear()
 
     def find_epoch(self, number: int) -> Window:

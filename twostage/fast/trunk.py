@@ -20,7 +20,7 @@ Shapes: N texts, E tokens of all of them, D hidden.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -51,11 +51,12 @@ def run_frozen_layers_ahead(step: Step, features: Sequence["Features"] = ()) -> 
     if num_layers == 0:
         return
     step.num_lower_layers = num_layers
-    if features:
-        epochs = enumerate(step.epoch_windows)
-        step.epoch_windows = [_read_from(features[e % len(features)], w) for e, w in epochs]
-    else:
-        step.find_window = FrozenTrunk(step, num_layers).find_window
+    if not features:
+        step.find_window = FrozenTrunk(step).find_window
+        return
+    for epoch, window in enumerate(step.epoch_windows):
+        given = features[epoch % len(features)]
+        step.epoch_windows[epoch] = replace(window, store=given.store, hidden_ED=given.hidden_ED)
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,6 @@ class Features:
     than tokens."""
     store: TokenStore
     """The N texts; a token's id is its row of `hidden_ED`."""
-
-
-def _read_from(features: Features, window: Window) -> Window:
-    """The same steps, with hidden states in place of tokens."""
-    return Window(window.steps, window.batches, features.store, features.hidden_ED)
 
 
 def count_frozen_layers(model: BertClassifier) -> int:
@@ -87,8 +83,8 @@ def count_frozen_layers(model: BertClassifier) -> int:
 class FrozenTrunk:
     """Computes the features of the steps, window by window."""
 
-    def __init__(self, step: Step, num_layers: int) -> None:
-        self._step, self._num_layers = step, num_layers
+    def __init__(self, step: Step) -> None:
+        self._step = step
         self._windows: list[range] = []  # numbers of their steps
         most, lengths_N = 0, step.data.store.lengths.numpy()
         for epoch in step.epoch_windows:
@@ -113,7 +109,7 @@ class FrozenTrunk:
             self._step.model,
             self._step.data.store,
             np.concatenate(rows),
-            self._num_layers,
+            self._step.num_lower_layers,
             masks,
             self._hidden_ED,
         )
@@ -135,15 +131,15 @@ def compute_features(
 ) -> Features:
     """Features of the texts `rows_N` of the store, in that order; a row may come repeatedly.
 
-    masks: turn dropout on (`step.Masks`). hidden_ED: where to put the hidden states, if there are
-    rows enough. bar: counts texts.
+    masks: turn dropout on (`step.Masks`). hidden_ED: where to put the hidden states; None: into new
+    memory. bar: counts texts.
     """
     lengths_N = store.lengths[torch.from_numpy(rows_N)]
     offsets = torch.cat([lengths_N.new_zeros(1), lengths_N.cumsum(0)])
     num_tokens = int(offsets[-1])
     first_row_N = torch.empty_like(lengths_N)
     weight = model.bert.pooler.weight
-    if hidden_ED is None or len(hidden_ED) < num_tokens:
+    if hidden_ED is None:
         hidden_ED = weight.new_zeros(num_tokens, weight.shape[1])
     done = 0
     for texts in length_sorted_batches(lengths_N.numpy(), tokens_at_once(weight.device.type)):

@@ -145,7 +145,7 @@ class FlatWeights:
         divided by `divisor`; with `skip` nothing happens.
         """
         self._updates.add_(~skip)
-        border = self._num_unrounded
+        border, skip_number = self._num_unrounded, skip.float()
         for part, rounded_P in ((slice(border), None), (slice(border, None), self.rounded_P)):
             adamw_(
                 self.weights_P[part],
@@ -155,7 +155,7 @@ class FlatWeights:
                 self._updates,
                 learning_rate,
                 divisor,
-                skip.float(),
+                skip_number,
                 rounded_P=rounded_P,
                 impl=self._impl,
             )

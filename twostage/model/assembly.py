@@ -30,7 +30,7 @@ def round_classifier(
 ) -> BertClassifier:
     """A classifier with these parameters in `dtype`, but for those that `stays_fp32` names.
 
-    What needs no rounding shares its memory with the given parameter. impl: of the operations.
+    What needs no rounding shares its memory with the given parameter. impl: how the operations run.
     """
     rounded = {}
     for name, parameter in parameters.items():
